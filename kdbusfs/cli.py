@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line of kdbusfs(8): what is asked for, and one line when that can't be had."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from kdbusfs.errors import UserError
+from kdbusfs.version import VERSION
+
+POOLS = ("auto", "passthrough", "cache")
+
+# Of mount(8)'s and fstab(5)'s options those that say nothing kdbusfs could do
+# otherwise, or are for the program that reads fstab.
+GENERIC_OPTIONS = frozenset(
+    """
+    defaults rw suid nosuid dev nodev exec noexec auto noauto user nouser users owner group
+    async sync dirsync atime noatime diratime nodiratime relatime norelatime strictatime
+    nostrictatime lazytime nolazytime iversion noiversion mand nomand silent loud
+    _netdev nofail allow_other default_permissions
+    """.split()
+)
+GENERIC_PREFIXES = ("x-", "X-", "comment=")
+
+EPILOG = f"""\
+mount options (-o, separated by commas):
+  pool=KIND, spin=USEC  as the options above
+  sloppy                pass over options that are unknown
+  rw, nosuid, noauto, _netdev, x-... and other generic ones have no effect
+
+exit codes:
+  {os.EX_OK:2}  mounted (in the foreground: unmounted again)
+  {os.EX_USAGE:2}  wrong arguments
+  {os.EX_NOINPUT:2}  no such mount point, or not a directory
+  {os.EX_UNAVAILABLE:2}  no /dev/fuse
+  {os.EX_SOFTWARE:2}  a fault of kdbusfs; the log tells more
+  {os.EX_OSERR:2}  the kernel refused to mount
+  {os.EX_CANTCREAT:2}  a kdbusfs is mounted there already
+  {os.EX_NOPERM:2}  not permitted
+
+SIGTERM, SIGINT and umount(8) end kdbusfs.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (kdbusfs --help tells more)", os.EX_USAGE)
+
+
+def _microseconds(text: str) -> int | None:
+    if text == "auto":
+        return None
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= value <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"not a number of microseconds up to a million: '{text}'")
+    return value
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="kdbusfs",
+        description="Mount a kdbus domain: buses to be used with open, ioctl, mmap and poll.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "mount_point",
+        metavar="MOUNTPOINT",
+        help="the directory to mount on; /sys/fs/kdbus needs not exist",
+    )
+    parser.add_argument(
+        "-f",
+        "--foreground",
+        action=argparse.BooleanOptionalAction,
+        help="stay in the foreground and log to stderr instead of the system log",
+    )
+    parser.add_argument(
+        "-d",
+        "--debug",
+        action="store_true",
+        help="log every request and its answer; in the foreground, unless --no-foreground is given",
+    )
+    parser.add_argument(
+        "--pool",
+        metavar="KIND",
+        choices=POOLS,
+        default="auto",
+        help="how pools are mapped: passthrough (Linux 6.9 or newer), cache, or auto (default)",
+    )
+    parser.add_argument(
+        "--spin",
+        metavar="USEC",
+        type=_microseconds,
+        help="poll for requests that long before sleeping (default: as fits the machine)",
+    )
+    parser.add_argument(
+        "-o",
+        dest="mount_options",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="mount options, see below",
+    )
+    parser.add_argument("--version", action="version", version=f"kdbusfs {VERSION}")
+    return parser
+
+
+def _apply_mount_options(parser: _Parser, arguments: argparse.Namespace) -> None:
+    """Carry -o's pool= and spin= over into *arguments*; refuse what is unknown."""
+    words = [word for options in arguments.mount_options for word in options.split(",") if word]
+    sloppy = "sloppy" in words
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key in ("pool", "spin") and equals:
+            # The parser judges them in both spellings; only the last one counts.
+            judged = parser.parse_args([f"--{key}={value}", "."])
+            setattr(arguments, key, getattr(judged, key))
+        elif not (word in GENERIC_OPTIONS or word.startswith(GENERIC_PREFIXES) or sloppy):
+            parser.error(f"unknown mount option '{word}'")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run kdbusfs with *arguments* (default: the process's own); the exit code."""
+    try:
+        parser = _parser()
+        parsed = parser.parse_args(arguments)
+        _apply_mount_options(parser, parsed)
+        # Not sooner: --help and a mistyped option need none of what serving needs.
+        from kdbusfs import daemon
+
+        options = daemon.Options(
+            mount_point=parsed.mount_point,
+            foreground=parsed.debug if parsed.foreground is None else parsed.foreground,
+            debug=parsed.debug,
+            pool=parsed.pool,
+            spin_us=parsed.spin,
+        )
+        return daemon.run(options)
+    except UserError as error:
+        print(f"kdbusfs: {error}", file=sys.stderr)
+        return error.exit_code
