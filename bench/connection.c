@@ -341,6 +341,17 @@ int connection_drain(Connection *connection) {
 	return r < 0 ? fail("FREE", r) : 0;
 }
 
+/* Only the SEND goes into the sample. */
+int connection_send_drain(Connection *sender, Sample *sample, Message *message, Connection *receiver) {
+	int r;
+
+	r = connection_send(sender, sample, message, 0, NULL);
+	if (r < 0)
+		return fail("SEND", r);
+
+	return connection_drain(receiver);
+}
+
 int message_init(Message *message, uint64_t dst_id, uint64_t flags) {
 	message->msg = calloc(1, COMMAND_MAX);
 	if (!message->msg)

@@ -73,6 +73,7 @@ int connection_recv(Connection *connection, Sample *sample, Received *received);
 int connection_free(Connection *connection, Sample *sample, uint64_t offset);
 int connection_drop(Connection *connection, Received *received);
 int connection_drain(Connection *connection);
+int connection_send_drain(Connection *sender, Sample *sample, Message *message, Connection *receiver);
 
 int message_init(Message *message, uint64_t dst_id, uint64_t flags);
 void message_deinit(Message *message);

@@ -98,7 +98,7 @@ class Bench:
             for line in process.stdout:
                 yield json.loads(line)
             if process.wait():
-                raise BenchError(f"{table}: the client failed")
+                raise BenchError(f"{table}: the client ended with {process.returncode}")
         self.check_daemon()
 
     def check_daemon(self) -> None:
@@ -365,6 +365,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is missed")
     arguments = parser.parse_args()
+    arguments.kdbusfs = arguments.kdbusfs.absolute()
     arguments.tables = arguments.tables.split(",")
     arguments.pools = arguments.pools.split(",")
     for table in arguments.tables:
@@ -445,7 +446,7 @@ def main() -> int:
 
     try:
         rows, failures = run(arguments)
-    except BenchError as error:
+    except (BenchError, OSError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@
 #include <linux/kdbus.h>
 #include <stdio.h>
 #include <unistd.h>
+#include "connection.h"
 #include "sample.h"
 
 int sample_init(Sample *sample, size_t n_max) {
@@ -78,7 +79,9 @@ int floor_init(Floor *floor, const char *directory, size_t n_max) {
 	int r;
 
 	*floor = (Floor)FLOOR_NULL;
-	r = sample_init(&floor->ioctl, n_max);
+	r = sample_init(&floor->cold, n_max);
+	if (!r)
+		r = sample_init(&floor->ioctl, n_max);
 	if (!r)
 		r = sample_init(&floor->poll, n_max);
 	if (r < 0)
@@ -95,12 +98,14 @@ int floor_init(Floor *floor, const char *directory, size_t n_max) {
 void floor_deinit(Floor *floor) {
 	if (floor->fd >= 0)
 		close(floor->fd);
+	sample_deinit(&floor->cold);
 	sample_deinit(&floor->ioctl);
 	sample_deinit(&floor->poll);
 	*floor = (Floor)FLOOR_NULL;
 }
 
 void floor_reset(Floor *floor) {
+	sample_reset(&floor->cold);
 	sample_reset(&floor->ioctl);
 	sample_reset(&floor->poll);
 }
@@ -110,10 +115,14 @@ int floor_step(Floor *floor) {
 	struct kdbus_cmd_send command = { .size = sizeof(command) };
 	int r;
 
-	r = sample_ioctl(&floor->ioctl, floor->fd, KDBUS_CMD_SEND, &command);
+	r = sample_ioctl(&floor->cold, floor->fd, KDBUS_CMD_SEND, &command);
+	if (!r)
+		r = sample_ioctl(NULL, floor->fd, KDBUS_CMD_SEND, &command);
+	if (!r)
+		r = sample_ioctl(&floor->ioctl, floor->fd, KDBUS_CMD_SEND, &command);
 	if (r < 0)
-		return r;
+		return fail("floor", r);
 
 	r = sample_poll(&floor->poll, floor->fd);
-	return r < 0 ? r : 0;
+	return r < 0 ? fail("floor", r) : 0;
 }

@@ -83,11 +83,11 @@ static void audience_deinit(Audience *audience) {
 	*audience = (Audience)AUDIENCE_NULL;
 }
 
-static int audience_step(Audience *audience) {
+static int audience_step(Audience *audience, Sample *sample) {
 	size_t i;
 	int r;
 
-	r = connection_send(&audience->sender, &audience->sample, &audience->message, 0, NULL);
+	r = connection_send(&audience->sender, sample, &audience->message, 0, NULL);
 	if (r < 0)
 		return fail("SEND of a broadcast", r);
 
@@ -125,8 +125,10 @@ int table_broadcast(const Options *options) {
 		}
 
 		r = floor_step(&floor);
+		if (!r)
+			r = audience_step(&audiences[0], NULL);
 		for (i = 0; !r && i < N_AUDIENCES; ++i)
-			r = audience_step(&audiences[i]);
+			r = audience_step(&audiences[i], &audiences[i].sample);
 	}
 
 	for (i = 0; !r && i < N_AUDIENCES; ++i)

@@ -305,7 +305,7 @@ static int stream_call(Stream *stream, Sample *sample, uint64_t size) {
 }
 
 static int run_size(const Options *options, Server *servers, const bool *usable, Stream *stream, uint64_t size) {
-	Sample samples[N_OPERATIONS] = {}, stream_sample = {};
+	Sample samples[N_OPERATIONS] = {}, stream_sample = {}, uncounted = {};
 	size_t i, round, n_rounds, n_warm_up;
 	Message messages[N_OPERATIONS] = {};
 	Floor floor = FLOOR_NULL;
@@ -344,6 +344,8 @@ static int run_size(const Options *options, Server *servers, const bool *usable,
 		r = floor_step(&floor);
 		if (!r)
 			r = stream_call(stream, &stream_sample, size);
+		if (!r)
+			r = server_call(&servers[RAW], &uncounted, &messages[0], false, false, size);
 		for (i = 0; !r && i < N_OPERATIONS; ++i)
 			if (usable[operations[i].server])
 				r = server_call(

@@ -136,6 +136,8 @@ int table_fds(const Options *options) {
 		}
 
 		r = floor_step(&floor);
+		if (!r)
+			r = connection_send_drain(&sender, NULL, &passings[RAW][0].message, &receivers[RAW]);
 		for (i = 0; !r && i < n_paths; ++i)
 			for (j = 0; !r && j < N_COUNTS; ++j)
 				r = passing_step(&passings[i][j], &sender, &receivers[i], n_fds[j]);

@@ -80,13 +80,10 @@ int table_metadata(const Options *options) {
 		}
 
 		r = floor_step(&floor);
-		for (i = 0; !r && i < N_KINDS; ++i) {
-			r = connection_send(&sender, &samples[i], &messages[i], 0, NULL);
-			if (r < 0)
-				fail("SEND", r);
-			else
-				r = connection_drain(&receivers[i]);
-		}
+		if (!r)
+			r = connection_send_drain(&sender, NULL, &messages[0], &receivers[0]);
+		for (i = 0; !r && i < N_KINDS; ++i)
+			r = connection_send_drain(&sender, &samples[i], &messages[i], &receivers[i]);
 	}
 
 	for (i = 0; !r && i < N_KINDS; ++i)
