@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+/*
+ * Connections
+ *
+ * A connection keeps a list of the slices that messages refer to. It may be
+ * freed before them: it then leaves a private copy of these slices at the place
+ * of its pool, and the last message takes the memory away with it. For on FUSE a
+ * mapping keeps the file open; as long as it is there close() would not
+ * disconnect.
+ */
+
+#include <kdbus/kdbus.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include "fd_socket.h"
+
+typedef struct KdbusSlice KdbusSlice;
+
+struct KdbusSlice {
+	struct kdbus_conn *conn;
+	uint64_t offset;
+	uint64_t size;
+	KdbusSlice *previous;
+	KdbusSlice *next;
+};
+
+struct kdbus_conn {
+	/* constant from HELLO on */
+	int fd;
+	uint64_t id;
+	uint64_t flags;
+	uint64_t bus_flags;
+	uint8_t bus_id[16];
+	struct kdbus_bloom_parameter bloom;
+	uint8_t *pool;
+	uint64_t pool_size;
+
+	_Atomic uint64_t cookie;
+	_Atomic uint64_t n_lost;
+	KdbusFdSocket fd_socket;
+
+	/* held for writing by PEEK: what it shows must not be received by
+	 * another thread before its slice has been copied and freed */
+	pthread_rwlock_t queue_lock;
+
+	pthread_mutex_t slice_lock;
+	KdbusSlice *slices;
+	bool closed;
+};
+
+int kdbus_conn_free_slice(struct kdbus_conn *conn, uint64_t offset);
+
+void kdbus_slice_link(KdbusSlice *slice, struct kdbus_conn *conn, uint64_t offset, uint64_t size);
+void kdbus_slice_unlink(KdbusSlice *slice);

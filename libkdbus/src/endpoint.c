@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Custom endpoints
+ */
+
+#include <fcntl.h>
+#include <kdbus/kdbus.h>
+#include <stdio.h>
+#include <string.h>
+#include "item.h"
+#include "policy.h"
+#include "util.h"
+
+struct kdbus_endpoint {
+	int fd;
+	char *path;
+};
+
+/**
+ * kdbus_endpoint_new() - make a custom endpoint
+ * @endpointp:	the new endpoint
+ * @bus_path:	path of the bus's default endpoint, see kdbus_bus_get_path()
+ * @name:	name of the endpoint, starting with the caller's effective uid and -
+ * @flags:	KDBUS_MAKE_*: who may open it
+ *
+ * At first nobody on it may see or talk to any name: see
+ * kdbus_endpoint_update(). The endpoint and all connections on it end with
+ * kdbus_endpoint_free(), or with the process.
+ *
+ * Return: 0 on success, the errno of open(2); -EPERM if the caller does not own
+ *         the bus, -EINVAL if the name is bad, -ENAMETOOLONG, -EEXIST if there
+ *         is such an endpoint, -ESHUTDOWN if the bus is gone, -ENOMEM.
+ */
+_public_ int kdbus_endpoint_new(struct kdbus_endpoint **endpointp, const char *bus_path,
+				const char *name, uint64_t flags)
+{
+	_cleanup_(kdbus_endpoint_freep) struct kdbus_endpoint *endpoint = NULL;
+	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
+	const char *slash = strrchr(bus_path, '/');
+	int n_directory = slash ? slash + 1 - bus_path : 0;
+	struct kdbus_cmd *cmd;
+	int r;
+
+	endpoint = calloc(1, sizeof(*endpoint));
+	if (!endpoint)
+		return -ENOMEM;
+	endpoint->fd = -1;
+
+	if (asprintf(&endpoint->path, "%.*s%s", n_directory, bus_path, name) < 0) {
+		endpoint->path = NULL;
+		return -ENOMEM;
+	}
+
+	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){ .flags = flags },
+				  sizeof(*cmd))) < 0 ||
+	    (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_MAKE_NAME, name)) < 0)
+		return r;
+
+	endpoint->fd = open(bus_path, O_RDWR | O_CLOEXEC);
+	if (endpoint->fd < 0)
+		return -errno;
+
+	cmd = (void *)chain.data;
+	cmd->size = chain.size;
+	r = kdbus_ioctl(endpoint->fd, KDBUS_CMD_ENDPOINT_MAKE, cmd);
+	if (r < 0)
+		return r;
+
+	*endpointp = endpoint;
+	endpoint = NULL;
+	return 0;
+}
+
+/**
+ * kdbus_endpoint_free() - end a custom endpoint
+ * @endpoint:	endpoint to end, or NULL
+ *
+ * Its connections are disconnected.
+ *
+ * Return: NULL.
+ */
+_public_ struct kdbus_endpoint *kdbus_endpoint_free(struct kdbus_endpoint *endpoint)
+{
+	if (!endpoint)
+		return NULL;
+
+	safe_close(endpoint->fd);
+	free(endpoint->path);
+	free(endpoint);
+	return NULL;
+}
+
+/**
+ * kdbus_endpoint_get_path() - get the path of a custom endpoint
+ * @endpoint:	endpoint to look at
+ *
+ * Return: What to give to kdbus_conn_new() to connect through it.
+ */
+_public_ const char *kdbus_endpoint_get_path(const struct kdbus_endpoint *endpoint)
+{
+	return endpoint->path;
+}
+
+/**
+ * kdbus_endpoint_get_fd() - get the descriptor that keeps the endpoint
+ * @endpoint:	endpoint to look at
+ *
+ * Return: The descriptor, which stays with @endpoint.
+ */
+_public_ int kdbus_endpoint_get_fd(const struct kdbus_endpoint *endpoint)
+{
+	return endpoint->fd;
+}
+
+/**
+ * kdbus_endpoint_update() - replace the policy of a custom endpoint
+ * @endpoint:	endpoint to change
+ * @policy:	what connections on it may do, or NULL for nothing
+ *
+ * Return: 0 on success, -EINVAL if a name or an access is bad, -EEXIST if a
+ *         name is in it twice, -ESHUTDOWN if the endpoint is gone, -ENOMEM.
+ */
+_public_ int kdbus_endpoint_update(struct kdbus_endpoint *endpoint,
+				   const struct kdbus_policy *policy)
+{
+	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
+	struct kdbus_cmd *cmd;
+	int r;
+
+	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){}, sizeof(*cmd))) < 0 ||
+	    (policy && (r = kdbus_chain_append_items(&chain, &policy->items)) < 0))
+		return r;
+
+	cmd = (void *)chain.data;
+	cmd->size = chain.size;
+	return kdbus_ioctl(endpoint->fd, KDBUS_CMD_ENDPOINT_UPDATE, cmd);
+}

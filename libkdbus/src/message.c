@@ -1,0 +1,1115 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Messages
+ */
+
+#include <string.h>
+#include <sys/mman.h>
+#include "message.h"
+#include "util.h"
+
+/*
+ * Building
+ */
+
+/**
+ * kdbus_message_new() - start a message
+ * @messagep:	the new message
+ *
+ * It has no destination yet, the payload type KDBUS_PAYLOAD_DBUS, and gets a
+ * cookie when it is sent unless kdbus_message_set_cookie() gave it one.
+ *
+ * Return: 0 on success, -ENOMEM.
+ */
+_public_ int kdbus_message_new(struct kdbus_message **messagep)
+{
+	struct kdbus_message *message;
+
+	message = calloc(1, sizeof(*message));
+	if (!message)
+		return -ENOMEM;
+
+	message->msg = &message->head;
+	message->head.payload_type = KDBUS_PAYLOAD_DBUS;
+	message->stale = true;
+	*messagep = message;
+	return 0;
+}
+
+/**
+ * kdbus_message_free() - release a message
+ * @message:	message to release, or NULL
+ *
+ * Of a received message, the descriptors that were not taken are closed, what
+ * was mapped is unmapped, and its slice is freed. Of a message that was built,
+ * nothing but the message goes.
+ *
+ * Return: NULL.
+ */
+_public_ struct kdbus_message *kdbus_message_free(struct kdbus_message *message)
+{
+	if (!message)
+		return NULL;
+
+	for (size_t i = 0; i < message->n_parts; ++i) {
+		if (message->parts[i].map)
+			munmap(message->parts[i].map, message->parts[i].n_map);
+		safe_close(message->parts[i].fd);
+	}
+	for (size_t i = 0; i < message->n_fds; ++i)
+		safe_close(message->fds[i]);
+	kdbus_slice_unlink(&message->slice);
+
+	free(message->parts);
+	free(message->fds);
+	free(message->iov);
+	free(message->copy);
+	free(message->fds_out);
+	kdbus_chain_deinit(&message->payload);
+	kdbus_chain_deinit(&message->filter);
+	kdbus_chain_deinit(&message->dst_name);
+	kdbus_chain_deinit(&message->wire);
+	free(message);
+	return NULL;
+}
+
+static bool message_is_received(const struct kdbus_message *message)
+{
+	return message->msg != &message->head;
+}
+
+static int message_touch(struct kdbus_message *message)
+{
+	if (message_is_received(message))
+		return -EROFS;
+
+	message->stale = true;
+	message->resume = false;
+	return 0;
+}
+
+static int message_append_vec(struct kdbus_message *message, const void *data, size_t size)
+{
+	struct kdbus_vec vec = { .size = size, .address = (uintptr_t)data };
+	int r;
+
+	r = message_touch(message);
+	if (r < 0 || !size)
+		return r;
+	return kdbus_chain_append(&message->payload, KDBUS_ITEM_PAYLOAD_VEC, &vec, sizeof(vec));
+}
+
+/**
+ * kdbus_message_append_data() - add memory to the payload
+ * @message:	message to add to
+ * @data:	memory, read when the message is sent
+ * @size:	bytes; 0 adds nothing
+ *
+ * kdbus takes up to 2 MiB in one piece, and less of it if the receiver's pool is
+ * full. Large data is better sent as a memfd.
+ *
+ * Return: 0 on success, -EROFS if @message was received, -ENOMEM.
+ */
+_public_ int kdbus_message_append_data(struct kdbus_message *message, const void *data,
+				       size_t size)
+{
+	if (!data && size)
+		return -EFAULT;
+	return message_append_vec(message, data, size);
+}
+
+/**
+ * kdbus_message_append_zeros() - add zero bytes to the payload
+ * @message:	message to add to
+ * @size:	bytes; 0 adds nothing
+ *
+ * They take no room in the receiver's pool.
+ *
+ * Return: 0 on success, -EROFS if @message was received, -ENOMEM.
+ */
+_public_ int kdbus_message_append_zeros(struct kdbus_message *message, size_t size)
+{
+	return message_append_vec(message, NULL, size);
+}
+
+/**
+ * kdbus_message_append_memfd() - add a piece of a memfd to the payload
+ * @message:	message to add to
+ * @fd:		sealed memfd, see kdbus_memfd_seal(); stays with the caller
+ * @start:	where the piece starts
+ * @size:	bytes
+ *
+ * Return: 0 on success, -EROFS if @message was received, -ENOMEM.
+ */
+_public_ int kdbus_message_append_memfd(struct kdbus_message *message, int fd, uint64_t start,
+					uint64_t size)
+{
+	struct kdbus_memfd memfd = { .start = start, .size = size, .fd = fd };
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+	return kdbus_chain_append(&message->payload, KDBUS_ITEM_PAYLOAD_MEMFD, &memfd,
+				  sizeof(memfd));
+}
+
+/**
+ * kdbus_message_append_fds() - add descriptors
+ * @message:	message to add to
+ * @fds:	descriptors; they stay with the caller
+ * @n_fds:	number of descriptors
+ *
+ * Return: 0 on success, -EROFS if @message was received, -EMFILE if there are
+ *         more than any message could carry, -ENOMEM.
+ */
+_public_ int kdbus_message_append_fds(struct kdbus_message *message, const int *fds, size_t n_fds)
+{
+	int r, *p;
+
+	r = message_touch(message);
+	if (r < 0 || !n_fds)
+		return r;
+	/* the limit is the bus's to tell, but it can't be beyond this */
+	if (n_fds > 4096 - message->n_fds_out)
+		return -EMFILE;
+
+	p = realloc(message->fds_out, (message->n_fds_out + n_fds) * sizeof(*p));
+	if (!p)
+		return -ENOMEM;
+
+	memcpy(p + message->n_fds_out, fds, n_fds * sizeof(*p));
+	message->fds_out = p;
+	message->n_fds_out += n_fds;
+	return 0;
+}
+
+/**
+ * kdbus_message_set_bloom_filter() - say what a signal is about
+ * @message:	message to change, which becomes a signal
+ * @generation:	which set of masks with several to hold it against
+ * @filter:	bits, see kdbus_bloom_add(); copied
+ * @size:	the bus's bloom size
+ *
+ * Return: 0 on success, -EROFS if @message was received, -EMSGSIZE, -ENOMEM.
+ */
+_public_ int kdbus_message_set_bloom_filter(struct kdbus_message *message, uint64_t generation,
+					    const void *filter, size_t size)
+{
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+
+	kdbus_chain_deinit(&message->filter);
+	r = kdbus_chain_append_two(&message->filter, KDBUS_ITEM_BLOOM_FILTER, &generation,
+				   sizeof(generation), filter, size);
+	if (r < 0)
+		return r;
+
+	message->head.flags |= KDBUS_MSG_SIGNAL;
+	return 0;
+}
+
+/**
+ * kdbus_message_set_dst_name() - send to the owner of a name
+ * @message:	message to change
+ * @name:	well-known name, or NULL for none
+ *
+ * With an id set as well, only if that connection owns the name.
+ *
+ * Return: 0 on success, -EROFS if @message was received, -EMSGSIZE, -ENOMEM.
+ */
+_public_ int kdbus_message_set_dst_name(struct kdbus_message *message, const char *name)
+{
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+
+	kdbus_chain_deinit(&message->dst_name);
+	if (!name)
+		return 0;
+	return kdbus_chain_append_string(&message->dst_name, KDBUS_ITEM_DST_NAME, name);
+}
+
+/**
+ * kdbus_message_set_dst_id() - send to a connection, or to all
+ * @message:	message to change
+ * @id:		its id, KDBUS_DST_ID_BROADCAST, or KDBUS_DST_ID_NAME for none
+ *
+ * Return: 0 on success, -EROFS if @message was received.
+ */
+_public_ int kdbus_message_set_dst_id(struct kdbus_message *message, uint64_t id)
+{
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+
+	message->head.dst_id = id;
+	return 0;
+}
+
+/**
+ * kdbus_message_set_flags() - set the flags of a message
+ * @message:	message to change
+ * @flags:	KDBUS_MSG_*
+ *
+ * Return: 0 on success, -EROFS if @message was received.
+ */
+_public_ int kdbus_message_set_flags(struct kdbus_message *message, uint64_t flags)
+{
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+
+	message->head.flags = flags;
+	return 0;
+}
+
+/**
+ * kdbus_message_set_priority() - set how urgent a message is
+ * @message:	message to change
+ * @priority:	the lower the more urgent; 0 at first
+ *
+ * Return: 0 on success, -EROFS if @message was received.
+ */
+_public_ int kdbus_message_set_priority(struct kdbus_message *message, int64_t priority)
+{
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+
+	message->head.priority = priority;
+	return 0;
+}
+
+/**
+ * kdbus_message_set_payload_type() - say what the payload is
+ * @message:	message to change
+ * @payload_type: any number but 0
+ *
+ * Return: 0 on success, -EROFS if @message was received.
+ */
+_public_ int kdbus_message_set_payload_type(struct kdbus_message *message, uint64_t payload_type)
+{
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+
+	message->head.payload_type = payload_type;
+	return 0;
+}
+
+/**
+ * kdbus_message_set_cookie() - number a message
+ * @message:	message to change
+ * @cookie:	the number a reply refers to, or 0 to get a fresh one each time the
+ *		message is sent
+ *
+ * Fresh ones count from 1 on each connection. Who numbers some requests by hand
+ * should number all.
+ *
+ * Return: 0 on success, -EROFS if @message was received.
+ */
+_public_ int kdbus_message_set_cookie(struct kdbus_message *message, uint64_t cookie)
+{
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+
+	message->head.cookie = cookie;
+	message->has_cookie = cookie;
+	return 0;
+}
+
+/**
+ * kdbus_message_set_cookie_reply() - make a message a reply
+ * @message:	message to change
+ * @cookie_reply: cookie of the request
+ *
+ * See kdbus_conn_reply(). Cookie and deadline share one field.
+ *
+ * Return: 0 on success, -EROFS if @message was received.
+ */
+_public_ int kdbus_message_set_cookie_reply(struct kdbus_message *message, uint64_t cookie_reply)
+{
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+
+	message->head.cookie_reply = cookie_reply;
+	return 0;
+}
+
+/**
+ * kdbus_message_set_deadline() - make a message a request
+ * @message:	message to change
+ * @deadline:	when to get a KDBUS_ITEM_REPLY_TIMEOUT notification instead
+ *
+ * For kdbus_conn_send(); kdbus_conn_call() needs none. Cookie and deadline share
+ * one field.
+ *
+ * Return: 0 on success, -EROFS if @message was received.
+ */
+_public_ int kdbus_message_set_deadline(struct kdbus_message *message, uint64_t deadline)
+{
+	int r;
+
+	r = message_touch(message);
+	if (r < 0)
+		return r;
+
+	message->head.timeout_ns = deadline;
+	message->head.flags |= KDBUS_MSG_EXPECT_REPLY;
+	return 0;
+}
+
+/**
+ * kdbus_message_build() - put a message together for sending
+ * @message:	message that was built
+ * @msgp:	the message, owned by @message and good until it changes
+ *
+ * Return: 0 on success, -EROFS if @message was received, -ENOMEM.
+ */
+int kdbus_message_build(struct kdbus_message *message, struct kdbus_msg **msgp)
+{
+	_cleanup_(kdbus_chain_deinit) KdbusChain wire = KDBUS_CHAIN_NULL;
+	struct kdbus_msg *msg;
+	int r;
+
+	if (message_is_received(message))
+		return -EROFS;
+
+	if (message->stale) {
+		if ((r = kdbus_chain_init(&wire, NULL, sizeof(*msg))) < 0 ||
+		    (r = kdbus_chain_append_items(&wire, &message->dst_name)) < 0 ||
+		    (r = kdbus_chain_append_items(&wire, &message->filter)) < 0 ||
+		    (r = kdbus_chain_append_items(&wire, &message->payload)) < 0 ||
+		    (message->n_fds_out &&
+		     (r = kdbus_chain_append(&wire, KDBUS_ITEM_FDS, message->fds_out,
+					     message->n_fds_out * sizeof(int))) < 0))
+			return r;
+
+		kdbus_chain_deinit(&message->wire);
+		message->wire = wire;
+		message->stale = false;
+		wire = (KdbusChain)KDBUS_CHAIN_NULL;
+	}
+
+	msg = (void *)message->wire.data;
+	*msg = message->head;
+	msg->size = message->wire.size;
+	*msgp = msg;
+	return 0;
+}
+
+/*
+ * Receiving
+ */
+
+static void message_count(struct kdbus_message *message, const void *items, size_t size)
+{
+	const struct kdbus_item *item = NULL;
+
+	while ((item = kdbus_items_next(items, size, item))) {
+		switch (item->type) {
+		case KDBUS_ITEM_PAYLOAD_MEMFD:
+			++message->n_memfds;
+			++message->n_parts;
+			break;
+		case KDBUS_ITEM_PAYLOAD_OFF:
+			++message->n_parts;
+			break;
+		case KDBUS_ITEM_FDS:
+			message->n_fds += kdbus_item_get_payload_size(item) / sizeof(int);
+			break;
+		}
+	}
+}
+
+static int part_init(KdbusPart *part, const struct kdbus_msg *msg, size_t size,
+		     const struct kdbus_item *item)
+{
+	size_t n_payload = kdbus_item_get_payload_size(item);
+
+	*part = (KdbusPart){ .fd = -1 };
+	if (item->type == KDBUS_ITEM_PAYLOAD_MEMFD) {
+		if (n_payload != sizeof(item->memfd))
+			return -EBADMSG;
+		part->type = KDBUS_PART_MEMFD;
+		part->size = item->memfd.size;
+		part->start = item->memfd.start;
+		part->fd = item->memfd.fd;
+		return 0;
+	}
+
+	if (n_payload != sizeof(item->vec))
+		return -EBADMSG;
+	part->size = item->vec.size;
+	if (item->vec.offset == ~UINT64_C(0)) {
+		part->type = KDBUS_PART_ZEROS;
+		return 0;
+	}
+	if (item->vec.offset > size || item->vec.size > size - item->vec.offset)
+		return -EBADMSG;
+	part->type = KDBUS_PART_DATA;
+	part->data = (const uint8_t *)msg + item->vec.offset;
+	return 0;
+}
+
+/* look up parts and descriptors; even on failure all descriptors are noted */
+static int message_parse(struct kdbus_message *message, const struct kdbus_msg *msg, size_t size)
+{
+	const struct kdbus_item *item = NULL;
+	size_t n_items, n_parts = 0, n_fds = 0;
+	int r = 0, k;
+
+	if (size < sizeof(*msg) || msg->size < sizeof(*msg) || msg->size > size)
+		return -EBADMSG;
+
+	n_items = msg->size - sizeof(*msg);
+	message->msg = msg;
+	message_count(message, msg->items, n_items);
+
+	if (message->n_parts) {
+		message->parts = calloc(message->n_parts, sizeof(*message->parts));
+		message->iov = calloc(message->n_parts, sizeof(*message->iov));
+	}
+	if (message->n_fds)
+		message->fds = calloc(message->n_fds, sizeof(*message->fds));
+	if ((message->n_parts && (!message->parts || !message->iov)) ||
+	    (message->n_fds && !message->fds)) {
+		message->n_parts = message->n_fds = 0;
+		return -ENOMEM;
+	}
+
+	while ((item = kdbus_items_next(msg->items, n_items, item))) {
+		switch (item->type) {
+		case KDBUS_ITEM_PAYLOAD_MEMFD:
+		case KDBUS_ITEM_PAYLOAD_OFF:
+			k = part_init(&message->parts[n_parts++], msg, size, item);
+			r = r ?: k;
+			break;
+		case KDBUS_ITEM_FDS:
+			k = kdbus_item_get_payload_size(item) / sizeof(int);
+			memcpy(message->fds + n_fds, item->fds, k * sizeof(int));
+			n_fds += k;
+			break;
+		}
+	}
+	return r ?: kdbus_items_check(msg->items, n_items);
+}
+
+/*
+ * Descriptors by the socket: the numbers in the slice mean nothing. FDS is left
+ * out as a whole for a connection that does not accept descriptors.
+ */
+static void message_assign_fds(struct kdbus_message *message, KdbusFdPacket *packet)
+{
+	size_t n_packet = 0, n_fds = message->n_fds;
+
+	for (size_t i = 0; i < message->n_fds; ++i)
+		message->fds[i] = -1;
+	for (size_t i = 0; i < message->n_parts; ++i)
+		message->parts[i].fd = -1;
+
+	if (packet && packet->n_sent == message->n_memfds)
+		n_fds = 0;
+	if (packet && packet->n_sent == n_fds + message->n_memfds) {
+		for (size_t i = 0; i < n_fds && n_packet < packet->n_fds; ++i)
+			message->fds[i] = packet->fds[n_packet++];
+		for (size_t i = 0; i < message->n_parts && n_packet < packet->n_fds; ++i)
+			if (message->parts[i].type == KDBUS_PART_MEMFD)
+				message->parts[i].fd = packet->fds[n_packet++];
+		/* those are ours now, the rest (there is none) is closed */
+		memmove(packet->fds, packet->fds + n_packet,
+			(packet->n_fds - n_packet) * sizeof(int));
+		packet->n_fds -= n_packet;
+	}
+	if (n_packet < message->n_fds + message->n_memfds)
+		message->incomplete = true;
+}
+
+/**
+ * kdbus_message_new_from_slice() - make a message of what was received
+ * @messagep:	the new message
+ * @conn:	connection that received it
+ * @info:	where it is
+ *
+ * On failure the slice is freed and the descriptors are closed: the message is
+ * lost.
+ *
+ * Return: 0 on success, -EBADMSG if it makes no sense, -ENOMEM.
+ */
+int kdbus_message_new_from_slice(struct kdbus_message **messagep, struct kdbus_conn *conn,
+				 const struct kdbus_msg_info *info)
+{
+	_cleanup_(kdbus_message_freep) struct kdbus_message *message = NULL;
+	_cleanup_(kdbus_fd_packet_freep) KdbusFdPacket *packet = NULL;
+	int r;
+
+	if (info->offset > conn->pool_size || info->msg_size > conn->pool_size - info->offset)
+		return -EBADMSG;
+
+	message = calloc(1, sizeof(*message));
+	if (!message) {
+		kdbus_conn_free_slice(conn, info->offset);
+		return -ENOMEM;
+	}
+
+	kdbus_slice_link(&message->slice, conn, info->offset, info->msg_size);
+	message->incomplete = info->return_flags & KDBUS_RECV_RETURN_INCOMPLETE_FDS;
+	r = message_parse(message, (const void *)(conn->pool + info->offset), info->msg_size);
+
+	if (conn->fd_socket.fd >= 0 && (message->n_fds || message->n_memfds)) {
+		packet = kdbus_fd_socket_take(&conn->fd_socket, info->offset);
+		message_assign_fds(message, packet);
+	}
+	if (r < 0)
+		return r;
+
+	*messagep = message;
+	message = NULL;
+	return 0;
+}
+
+/* the numbers in a message that is still queued are not ours */
+static void forget_fds(struct kdbus_msg *msg)
+{
+	const struct kdbus_item *i = NULL;
+	struct kdbus_item *item;
+
+	while ((i = kdbus_items_next(msg->items, msg->size - sizeof(*msg), i))) {
+		item = (struct kdbus_item *)i;
+		if (item->type == KDBUS_ITEM_FDS)
+			memset(item->fds, -1, kdbus_item_get_payload_size(item));
+		else if (item->type == KDBUS_ITEM_PAYLOAD_MEMFD &&
+			 kdbus_item_get_payload_size(item) >= sizeof(item->memfd))
+			item->memfd.fd = -1;
+	}
+}
+
+/**
+ * kdbus_message_new_from_copy() - make a message of a copy of a queued one
+ * @messagep:	the new message
+ * @copy:	the slice on the heap; belongs to the message, also on failure
+ * @size:	its size
+ *
+ * Return: 0 on success, -EBADMSG if it makes no sense, -ENOMEM.
+ */
+int kdbus_message_new_from_copy(struct kdbus_message **messagep, void *copy, size_t size)
+{
+	_cleanup_(kdbus_message_freep) struct kdbus_message *message = NULL;
+	struct kdbus_msg *msg = copy;
+	int r;
+
+	message = calloc(1, sizeof(*message));
+	if (!message) {
+		free(copy);
+		return -ENOMEM;
+	}
+	message->copy = copy;
+
+	if (size >= sizeof(*msg) && msg->size >= sizeof(*msg) && msg->size <= size)
+		forget_fds(msg);
+	r = message_parse(message, msg, size);
+	if (r < 0)
+		return r;
+
+	message->incomplete = message->n_fds || message->n_memfds;
+	*messagep = message;
+	message = NULL;
+	return 0;
+}
+
+/*
+ * The head
+ */
+
+/**
+ * kdbus_message_get_flags() - get the flags of a message
+ * @message:	message to look at
+ *
+ * Return: KDBUS_MSG_*
+ */
+_public_ uint64_t kdbus_message_get_flags(const struct kdbus_message *message)
+{
+	return message->msg->flags;
+}
+
+/**
+ * kdbus_message_get_priority() - get how urgent a message is
+ * @message:	message to look at
+ *
+ * Return: The priority, the lower the more urgent.
+ */
+_public_ int64_t kdbus_message_get_priority(const struct kdbus_message *message)
+{
+	return message->msg->priority;
+}
+
+/**
+ * kdbus_message_get_dst_id() - get the destination, as the sender wrote it
+ * @message:	message to look at
+ *
+ * Return: An id, KDBUS_DST_ID_BROADCAST, or KDBUS_DST_ID_NAME if it was sent to a
+ *         name.
+ */
+_public_ uint64_t kdbus_message_get_dst_id(const struct kdbus_message *message)
+{
+	return message->msg->dst_id;
+}
+
+/**
+ * kdbus_message_get_src_id() - get the sender
+ * @message:	message to look at
+ *
+ * Return: An id, KDBUS_SRC_ID_KERNEL for notifications.
+ */
+_public_ uint64_t kdbus_message_get_src_id(const struct kdbus_message *message)
+{
+	return message->msg->src_id;
+}
+
+/**
+ * kdbus_message_get_payload_type() - get what the payload is
+ * @message:	message to look at
+ *
+ * Return: KDBUS_PAYLOAD_*, or another number.
+ */
+_public_ uint64_t kdbus_message_get_payload_type(const struct kdbus_message *message)
+{
+	return message->msg->payload_type;
+}
+
+/**
+ * kdbus_message_get_cookie() - get the number of a message
+ * @message:	message to look at
+ *
+ * Return: The sender's number for it; of a message that was built, the one it
+ *         was sent with last.
+ */
+_public_ uint64_t kdbus_message_get_cookie(const struct kdbus_message *message)
+{
+	return message->msg->cookie;
+}
+
+/**
+ * kdbus_message_get_cookie_reply() - get the cookie of the request
+ * @message:	message to look at
+ *
+ * Return: The cookie, or 0 if @message is no reply.
+ */
+_public_ uint64_t kdbus_message_get_cookie_reply(const struct kdbus_message *message)
+{
+	if (message->msg->flags & KDBUS_MSG_EXPECT_REPLY)
+		return 0;
+	return message->msg->cookie_reply;
+}
+
+/**
+ * kdbus_message_get_deadline() - get when a request times out
+ * @message:	message to look at
+ *
+ * Return: The deadline, or 0 if @message is no request.
+ */
+_public_ uint64_t kdbus_message_get_deadline(const struct kdbus_message *message)
+{
+	if (!(message->msg->flags & KDBUS_MSG_EXPECT_REPLY))
+		return 0;
+	return message->msg->timeout_ns;
+}
+
+/*
+ * Payload
+ */
+
+/**
+ * kdbus_message_get_size() - get the size of the payload
+ * @message:	message that was received
+ *
+ * Return: Bytes of all parts together.
+ */
+_public_ uint64_t kdbus_message_get_size(const struct kdbus_message *message)
+{
+	uint64_t size = 0;
+
+	for (size_t i = 0; i < message->n_parts; ++i)
+		size += message->parts[i].size;
+	return size;
+}
+
+/**
+ * kdbus_message_get_n_parts() - get the number of parts
+ * @message:	message that was received
+ *
+ * Return: How many pieces the payload came in, as the sender made them.
+ */
+_public_ size_t kdbus_message_get_n_parts(const struct kdbus_message *message)
+{
+	return message->n_parts;
+}
+
+/**
+ * kdbus_message_get_part_type() - get how a part came
+ * @message:	message that was received
+ * @part:	number of the part, from 0
+ *
+ * Return: enum kdbus_part_type, or -ERANGE if there is no such part.
+ */
+_public_ int kdbus_message_get_part_type(const struct kdbus_message *message, size_t part)
+{
+	return part < message->n_parts ? (int)message->parts[part].type : -ERANGE;
+}
+
+/**
+ * kdbus_message_get_part_size() - get the size of a part
+ * @message:	message that was received
+ * @part:	number of the part, from 0
+ *
+ * Return: Bytes, 0 if there is no such part.
+ */
+_public_ uint64_t kdbus_message_get_part_size(const struct kdbus_message *message, size_t part)
+{
+	return part < message->n_parts ? message->parts[part].size : 0;
+}
+
+/* have the memory of a part at part->data */
+static int part_map(KdbusPart *part)
+{
+	uint64_t skip = 0, size;
+	void *map;
+
+	if (part->data)
+		return 0;
+
+	if (part->type == KDBUS_PART_MEMFD) {
+		if (part->fd < 0)
+			return -EBADF;
+		skip = part->start % sysconf(_SC_PAGESIZE);
+	}
+
+	if (__builtin_add_overflow(part->size, skip, &size) || size > SIZE_MAX)
+		return -ENOMEM;
+	map = mmap(NULL, size, PROT_READ,
+		   MAP_PRIVATE | (part->type == KDBUS_PART_MEMFD ? 0 : MAP_ANONYMOUS),
+		   part->type == KDBUS_PART_MEMFD ? part->fd : -1,
+		   part->start - skip);
+	if (map == MAP_FAILED)
+		return -errno;
+
+	part->map = map;
+	part->n_map = size;
+	part->data = (const uint8_t *)map + skip;
+	return 0;
+}
+
+/**
+ * kdbus_message_get_part() - get the data of a part
+ * @message:	message that was received
+ * @part:	number of the part, from 0
+ * @datap:	the data
+ * @sizep:	optional, bytes
+ *
+ * A memfd is mapped the first time.
+ *
+ * Return: 0 on success, -ERANGE if there is no such part, -EBADF if its memfd
+ *         did not arrive or was taken, the errno of mmap(2).
+ */
+_public_ int kdbus_message_get_part(struct kdbus_message *message, size_t part,
+				    const void **datap, size_t *sizep)
+{
+	int r;
+
+	if (part >= message->n_parts)
+		return -ERANGE;
+
+	r = part_map(&message->parts[part]);
+	if (r < 0)
+		return r;
+
+	*datap = message->parts[part].data;
+	if (sizep)
+		*sizep = message->parts[part].size;
+	return 0;
+}
+
+/**
+ * kdbus_message_get_iov() - get the data of all parts
+ * @message:	message that was received
+ * @iovp:	one element for each part, not to be written to
+ * @n_iovp:	number of elements
+ *
+ * Return: 0 on success, as kdbus_message_get_part() otherwise.
+ */
+_public_ int kdbus_message_get_iov(struct kdbus_message *message, const struct iovec **iovp,
+				   size_t *n_iovp)
+{
+	int r;
+
+	for (size_t i = 0; i < message->n_parts; ++i) {
+		r = part_map(&message->parts[i]);
+		if (r < 0)
+			return r;
+		message->iov[i] = (struct iovec){
+			.iov_base = (void *)message->parts[i].data,
+			.iov_len = message->parts[i].size,
+		};
+	}
+
+	*iovp = message->iov;
+	*n_iovp = message->n_parts;
+	return 0;
+}
+
+/**
+ * kdbus_message_copy() - copy from the payload
+ * @message:	message that was received
+ * @offset:	where in the payload to start
+ * @buffer:	where to copy to
+ * @size:	bytes that fit there
+ * @copiedp:	bytes copied; less than @size at the end of the payload
+ *
+ * Return: 0 on success, as kdbus_message_get_part() otherwise.
+ */
+_public_ int kdbus_message_copy(struct kdbus_message *message, uint64_t offset, void *buffer,
+				size_t size, size_t *copiedp)
+{
+	size_t n, copied = 0;
+	KdbusPart *part;
+	int r;
+
+	for (size_t i = 0; i < message->n_parts && copied < size; ++i) {
+		part = &message->parts[i];
+		if (offset >= part->size) {
+			offset -= part->size;
+			continue;
+		}
+
+		n = size - copied;
+		if (n > part->size - offset)
+			n = part->size - offset;
+		if (part->type == KDBUS_PART_ZEROS) {
+			memset((uint8_t *)buffer + copied, 0, n);
+		} else {
+			r = part_map(part);
+			if (r < 0)
+				return r;
+			memcpy((uint8_t *)buffer + copied, (const uint8_t *)part->data + offset, n);
+		}
+		copied += n;
+		offset = 0;
+	}
+
+	*copiedp = copied;
+	return 0;
+}
+
+/*
+ * Descriptors
+ */
+
+/**
+ * kdbus_message_get_memfd() - look at the memfd of a part
+ * @message:	message that was received
+ * @part:	number of the part, from 0
+ * @fdp:	the descriptor, which stays with @message
+ * @startp:	optional, where in the memfd the part starts
+ * @sizep:	optional, bytes
+ *
+ * Return: 0 on success, -ERANGE if there is no such part, -EMEDIUMTYPE if it did
+ *         not come as a memfd, -EBADF if that did not arrive or was taken.
+ */
+_public_ int kdbus_message_get_memfd(const struct kdbus_message *message, size_t part, int *fdp,
+				     uint64_t *startp, uint64_t *sizep)
+{
+	const KdbusPart *p;
+
+	if (part >= message->n_parts)
+		return -ERANGE;
+
+	p = &message->parts[part];
+	if (p->type != KDBUS_PART_MEMFD)
+		return -EMEDIUMTYPE;
+	if (p->fd < 0)
+		return -EBADF;
+
+	*fdp = p->fd;
+	if (startp)
+		*startp = p->start;
+	if (sizep)
+		*sizep = p->size;
+	return 0;
+}
+
+/**
+ * kdbus_message_take_memfd() - take the memfd of a part
+ * @message:	message that was received
+ * @part:	number of the part, from 0
+ * @fdp:	the descriptor, which belongs to the caller from now on
+ *
+ * Data that was mapped before stays.
+ *
+ * Return: As kdbus_message_get_memfd().
+ */
+_public_ int kdbus_message_take_memfd(struct kdbus_message *message, size_t part, int *fdp)
+{
+	int r;
+
+	r = kdbus_message_get_memfd(message, part, fdp, NULL, NULL);
+	if (r < 0)
+		return r;
+
+	message->parts[part].fd = -1;
+	return 0;
+}
+
+/**
+ * kdbus_message_get_n_fds() - get the number of descriptors
+ * @message:	message that was received
+ *
+ * Return: How many were sent with it, memfds of the payload not counted.
+ */
+_public_ size_t kdbus_message_get_n_fds(const struct kdbus_message *message)
+{
+	return message->n_fds;
+}
+
+/**
+ * kdbus_message_get_fd() - look at a descriptor
+ * @message:	message that was received
+ * @index:	number of the descriptor, from 0
+ * @fdp:	the descriptor, which stays with @message
+ *
+ * Return: 0 on success, -ERANGE if there is none, -EBADF if it did not arrive or
+ *         was taken.
+ */
+_public_ int kdbus_message_get_fd(const struct kdbus_message *message, size_t index, int *fdp)
+{
+	if (index >= message->n_fds)
+		return -ERANGE;
+	if (message->fds[index] < 0)
+		return -EBADF;
+
+	*fdp = message->fds[index];
+	return 0;
+}
+
+/**
+ * kdbus_message_take_fd() - take a descriptor
+ * @message:	message that was received
+ * @index:	number of the descriptor, from 0
+ * @fdp:	the descriptor, which belongs to the caller from now on
+ *
+ * Return: As kdbus_message_get_fd().
+ */
+_public_ int kdbus_message_take_fd(struct kdbus_message *message, size_t index, int *fdp)
+{
+	int r;
+
+	r = kdbus_message_get_fd(message, index, fdp);
+	if (r < 0)
+		return r;
+
+	message->fds[index] = -1;
+	return 0;
+}
+
+/**
+ * kdbus_message_is_incomplete() - tell whether descriptors are missing
+ * @message:	message that was received
+ *
+ * They are if the process had too many open, if the connection accepts none, or
+ * if the message was only peeked at.
+ *
+ * Return: true if some are.
+ */
+_public_ bool kdbus_message_is_incomplete(const struct kdbus_message *message)
+{
+	return message->incomplete;
+}
+
+/*
+ * Items
+ */
+
+/**
+ * kdbus_message_next_item() - walk the items of a message
+ * @message:	message that was received
+ * @item:	the item before, or NULL to get the first
+ *
+ * Numbers of descriptors in items are not to be used.
+ *
+ * Return: The next item, or NULL if there is none.
+ */
+_public_ const struct kdbus_item *kdbus_message_next_item(const struct kdbus_message *message,
+							  const struct kdbus_item *item)
+{
+	if (!message_is_received(message))
+		return NULL;
+	return kdbus_items_next(message->msg->items, message->msg->size - sizeof(*message->msg),
+				item);
+}
+
+/**
+ * kdbus_message_get_item() - find an item of a message
+ * @message:	message that was received
+ * @type:	KDBUS_ITEM_*
+ *
+ * Return: The first item of that type, or NULL.
+ */
+_public_ const struct kdbus_item *kdbus_message_get_item(const struct kdbus_message *message,
+							 uint64_t type)
+{
+	const struct kdbus_item *item = NULL;
+
+	while ((item = kdbus_message_next_item(message, item)))
+		if (item->type == type)
+			return item;
+	return NULL;
+}
+
+/**
+ * kdbus_message_get_dst_name() - get the name a message was sent to
+ * @message:	message that was received
+ *
+ * Return: The well-known name, or NULL if it was sent to an id.
+ */
+_public_ const char *kdbus_message_get_dst_name(const struct kdbus_message *message)
+{
+	return kdbus_item_get_string(kdbus_message_get_item(message, KDBUS_ITEM_DST_NAME));
+}
+
+/**
+ * kdbus_message_get_notification() - get what the bus has to tell
+ * @message:	message that was received
+ *
+ * Return: Item of a type from KDBUS_ITEM_NAME_ADD on; or NULL if another
+ *         connection sent the message.
+ */
+_public_ const struct kdbus_item *
+kdbus_message_get_notification(const struct kdbus_message *message)
+{
+	const struct kdbus_item *item;
+
+	if (message->msg->src_id != KDBUS_SRC_ID_KERNEL)
+		return NULL;
+
+	item = kdbus_message_next_item(message, NULL);
+	return item && item->type >= _KDBUS_ITEM_KERNEL_BASE ? item : NULL;
+}

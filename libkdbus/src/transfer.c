@@ -1,0 +1,274 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Messages in and out
+ */
+
+#include <kdbus/extension.h>
+#include <string.h>
+#include "message.h"
+#include "util.h"
+
+typedef struct SendCommand SendCommand;
+
+/* SEND with room for a cancel descriptor */
+struct SendCommand {
+	struct kdbus_cmd_send cmd;
+	struct {
+		uint64_t size;
+		uint64_t type;
+		int fd;
+	} cancel;
+};
+
+static int conn_send(struct kdbus_conn *conn, SendCommand *send, struct kdbus_msg *msg)
+{
+	unsigned long code = conn->fd_socket.fd >= 0 ? KDBUSFS_CMD_SEND : KDBUS_CMD_SEND;
+
+	send->cmd.msg_address = (uintptr_t)msg;
+	return kdbus_ioctl(conn->fd, code, send);
+}
+
+static void message_number(struct kdbus_message *message, struct kdbus_conn *conn)
+{
+	if (!message->has_cookie && !message->resume)
+		message->head.cookie = atomic_fetch_add(&conn->cookie, 1) + 1;
+}
+
+/**
+ * kdbus_conn_send() - send a message
+ * @conn:	connection to use
+ * @message:	message that was built; it can be sent again
+ *
+ * It is in the queue of its receiver before this returns. With a deadline set it
+ * is a request: its reply, or a notification that there will be none, comes as a
+ * message with its cookie as cookie_reply.
+ *
+ * Return: 0 on success, or as kdbus has it: -ESRCH if nobody owns the name,
+ *         -ENXIO if there is no such connection, -EADDRNOTAVAIL if there is only
+ *         an activator, -EPERM if the policy forbids it, -ENOBUFS if the quota at
+ *         the receiver is used up, -EXFULL if its pool is, -ECOMM if it takes no
+ *         descriptors, -EMLINK if there are too many requests, -EBADSLT if nobody
+ *         waits for this reply, -ECONNRESET if the connection is disconnected.
+ */
+_public_ int kdbus_conn_send(struct kdbus_conn *conn, struct kdbus_message *message)
+{
+	SendCommand send = { .cmd.size = sizeof(send.cmd) };
+	struct kdbus_msg *msg;
+	int r;
+
+	message->resume = false;
+	message_number(message, conn);
+	r = kdbus_message_build(message, &msg);
+	if (r < 0)
+		return r;
+	return conn_send(conn, &send, msg);
+}
+
+/**
+ * kdbus_conn_call() - send a request and wait for its reply
+ * @conn:	connection to use
+ * @message:	message that was built; it need not be marked as a request
+ * @deadline:	when to give up, KDBUS_DEADLINE_NEVER
+ * @cancel_fd:	a descriptor to give up at once when it becomes readable, or -1
+ * @replyp:	the reply
+ *
+ * Return: 0 on success, as kdbus_conn_send(); -ETIMEDOUT, -ECANCELED, -EPIPE if
+ *         the receiver ended or dropped the request, -EREMOTEIO if the reply
+ *         brought descriptors and @conn takes none. -EINTR after a signal: called
+ *         again with the same unchanged message, it goes on waiting.
+ */
+_public_ int kdbus_conn_call(struct kdbus_conn *conn, struct kdbus_message *message,
+			     uint64_t deadline, int cancel_fd, struct kdbus_message **replyp)
+{
+	SendCommand send = {
+		.cmd.size = sizeof(send.cmd),
+		.cmd.flags = KDBUS_SEND_SYNC_REPLY,
+		.cancel.size = offsetof(struct kdbus_item, data) + sizeof(int),
+		.cancel.type = KDBUS_ITEM_CANCEL_FD,
+		.cancel.fd = cancel_fd,
+	};
+	struct kdbus_msg *msg;
+	int r;
+
+	if (cancel_fd >= 0)
+		send.cmd.size += send.cancel.size;
+
+	message_number(message, conn);
+	r = kdbus_message_build(message, &msg);
+	if (r < 0)
+		return r;
+
+	msg->flags |= KDBUS_MSG_EXPECT_REPLY;
+	/* what is later than this has passed, to kdbus */
+	msg->timeout_ns = deadline > INT64_MAX ? INT64_MAX : deadline;
+	r = conn_send(conn, &send, msg);
+	message->resume = r == -EINTR;
+	if (r < 0)
+		return r;
+	return kdbus_message_new_from_slice(replyp, conn, &send.cmd.reply);
+}
+
+/**
+ * kdbus_conn_reply() - answer a request
+ * @conn:	connection that received it
+ * @request:	the request
+ * @reply:	message that was built; its destination is set here
+ *
+ * Return: As kdbus_conn_send().
+ */
+_public_ int kdbus_conn_reply(struct kdbus_conn *conn, const struct kdbus_message *request,
+			      struct kdbus_message *reply)
+{
+	int r;
+
+	if ((r = kdbus_message_set_dst_name(reply, NULL)) < 0 ||
+	    (r = kdbus_message_set_dst_id(reply, request->msg->src_id)) < 0 ||
+	    (r = kdbus_message_set_cookie_reply(reply, request->msg->cookie)) < 0)
+		return r;
+	return kdbus_conn_send(conn, reply);
+}
+
+static int conn_recv(struct kdbus_conn *conn, uint64_t flags, int64_t priority,
+		     struct kdbus_msg_info *infop)
+{
+	struct kdbus_cmd_recv cmd = { .size = sizeof(cmd), .flags = flags, .priority = priority };
+	int r;
+
+	r = kdbus_ioctl(conn->fd,
+			conn->fd_socket.fd >= 0 ? KDBUSFS_CMD_RECV : KDBUS_CMD_RECV, &cmd);
+	if ((r == 0 || r == -EAGAIN) && cmd.return_flags & KDBUS_RECV_RETURN_DROPPED_MSGS)
+		atomic_fetch_add(&conn->n_lost, cmd.dropped_msgs);
+	if (r < 0)
+		return r;
+
+	*infop = cmd.msg;
+	return 0;
+}
+
+static int conn_recv_message(struct kdbus_conn *conn, uint64_t flags, int64_t priority,
+			     struct kdbus_message **messagep)
+{
+	struct kdbus_msg_info info;
+	int r;
+
+	pthread_rwlock_rdlock(&conn->queue_lock);
+	r = conn_recv(conn, flags, priority, &info);
+	pthread_rwlock_unlock(&conn->queue_lock);
+	if (r < 0)
+		return r;
+	return kdbus_message_new_from_slice(messagep, conn, &info);
+}
+
+static int conn_peek_message(struct kdbus_conn *conn, uint64_t flags, int64_t priority,
+			     struct kdbus_message **messagep)
+{
+	struct kdbus_msg_info info;
+	void *copy = NULL;
+	int r;
+
+	pthread_rwlock_wrlock(&conn->queue_lock);
+	r = conn_recv(conn, KDBUS_RECV_PEEK | flags, priority, &info);
+	if (r == 0) {
+		if (info.offset > conn->pool_size ||
+		    info.msg_size > conn->pool_size - info.offset) {
+			r = -EBADMSG;
+		} else {
+			copy = malloc(info.msg_size);
+			if (copy)
+				memcpy(copy, conn->pool + info.offset, info.msg_size);
+			/* this frees nothing: the message keeps its slice */
+			kdbus_conn_free_slice(conn, info.offset);
+			r = copy ? 0 : -ENOMEM;
+		}
+	}
+	pthread_rwlock_unlock(&conn->queue_lock);
+	if (r < 0)
+		return r;
+	return kdbus_message_new_from_copy(messagep, copy, info.msg_size);
+}
+
+/**
+ * kdbus_conn_recv() - receive the oldest message
+ * @conn:	connection to use
+ * @messagep:	the message
+ *
+ * Return: 0 on success, -EAGAIN if there is none, -ECONNRESET if the connection
+ *         is disconnected, -EBADMSG if the message makes no sense, -ENOMEM.
+ */
+_public_ int kdbus_conn_recv(struct kdbus_conn *conn, struct kdbus_message **messagep)
+{
+	return conn_recv_message(conn, 0, 0, messagep);
+}
+
+/**
+ * kdbus_conn_recv_priority() - receive the most urgent message
+ * @conn:	connection to use
+ * @priority:	only messages of this priority value or a lower one
+ * @messagep:	the message; of equal ones, the oldest
+ *
+ * Return: As kdbus_conn_recv().
+ */
+_public_ int kdbus_conn_recv_priority(struct kdbus_conn *conn, int64_t priority,
+				      struct kdbus_message **messagep)
+{
+	return conn_recv_message(conn, KDBUS_RECV_USE_PRIORITY, priority, messagep);
+}
+
+/**
+ * kdbus_conn_peek() - look at the oldest message and leave it in the queue
+ * @conn:	connection to use
+ * @messagep:	a copy of the message, without descriptors
+ *
+ * Return: As kdbus_conn_recv().
+ */
+_public_ int kdbus_conn_peek(struct kdbus_conn *conn, struct kdbus_message **messagep)
+{
+	return conn_peek_message(conn, 0, 0, messagep);
+}
+
+/**
+ * kdbus_conn_peek_priority() - look at the most urgent message
+ * @conn:	connection to use
+ * @priority:	only messages of this priority value or a lower one
+ * @messagep:	a copy of the message, without descriptors
+ *
+ * Return: As kdbus_conn_recv().
+ */
+_public_ int kdbus_conn_peek_priority(struct kdbus_conn *conn, int64_t priority,
+				      struct kdbus_message **messagep)
+{
+	return conn_peek_message(conn, KDBUS_RECV_USE_PRIORITY, priority, messagep);
+}
+
+/**
+ * kdbus_conn_drop() - throw the oldest message away
+ * @conn:	connection to use
+ *
+ * If it is a request, its sender is told that there will be no reply.
+ *
+ * Return: As kdbus_conn_recv().
+ */
+_public_ int kdbus_conn_drop(struct kdbus_conn *conn)
+{
+	struct kdbus_msg_info info;
+	int r;
+
+	pthread_rwlock_rdlock(&conn->queue_lock);
+	r = conn_recv(conn, KDBUS_RECV_DROP, 0, &info);
+	pthread_rwlock_unlock(&conn->queue_lock);
+	return r;
+}
+
+/**
+ * kdbus_conn_take_lost() - get the number of lost messages
+ * @conn:	connection to use
+ *
+ * The bus counts signals and notifications that did not fit in the pool, and
+ * tells with the next message, or with its absence: -EAGAIN.
+ *
+ * Return: How many were reported since this was called last.
+ */
+_public_ uint64_t kdbus_conn_take_lost(struct kdbus_conn *conn)
+{
+	return atomic_exchange(&conn->n_lost, 0);
+}

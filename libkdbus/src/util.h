@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#pragma once
+
+/*
+ * What every file here needs: scopes that clean up, alignment, ioctl()
+ */
+
+#include <errno.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#define _cleanup_(_x) __attribute__((__cleanup__(_x)))
+#define _public_ __attribute__((__visibility__("default")))
+
+static inline uint64_t align8(uint64_t n)
+{
+	return (n + 7) & ~UINT64_C(7);
+}
+
+/* close(), keeping errno; returns -1 to be stored where the number was */
+static inline int safe_close(int fd)
+{
+	int saved = errno;
+
+	if (fd >= 0)
+		close(fd);
+	errno = saved;
+	return -1;
+}
+
+static inline void closep(int *fdp)
+{
+	*fdp = safe_close(*fdp);
+}
+
+static inline void freep(void *p)
+{
+	free(*(void **)p);
+}
+
+static inline int kdbus_ioctl(int fd, unsigned long code, void *cmd)
+{
+	return ioctl(fd, code, cmd) < 0 ? -errno : 0;
+}
