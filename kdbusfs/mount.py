@@ -37,6 +37,9 @@ FILESYSTEM_TYPE = "fuse.kdbusfs"
 SOURCE = "kdbusfs"
 SYSFS_DIRECTORY = Path("/sys/fs")
 
+# What a FUSE filesystem answers whose daemon is gone, or just going.
+DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+
 log = logging.getLogger(__name__)
 
 # --- system calls ---------------------------------------------------------------
@@ -176,11 +179,20 @@ def mounts() -> list[Mount]:
 def mount_at(path: Path) -> Mount | None:
     """The mount that is seen at *path*; None if *path* is not a mount point.
 
-    Of several on one path that is the one which none of the others has as its parent.
+    It is asked for by a descriptor, as mountinfo also lists mounts at the same path
+    that others hide. O_PATH needs no answer from a filesystem that is dead.
     """
-    here = [mount for mount in mounts() if mount.path == str(path)]
-    covered = {mount.parent_id for mount in here}
-    return next((mount for mount in here if mount.id not in covered), None)
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+    finally:
+        os.close(descriptor)
+    mount = _mount_with(int(fields["mnt_id"]))
+    return mount if mount and mount.path == str(path) else None
 
 
 def _mount_with(mount_id: int) -> Mount | None:
@@ -345,7 +357,7 @@ def check_mount_point(path: str) -> Path:
     try:
         mode = mount_point.stat().st_mode
     except OSError as error:
-        dead = error.errno == errno.ENOTCONN and _is_kdbusfs(mount_at(mount_point))
+        dead = error.errno in DEAD and _is_kdbusfs(mount_at(mount_point))
         if dead or SysfsOverlay.wanted_for(mount_point):
             return mount_point
         raise UserError(f"mount point {path}: {error.strerror}", os.EX_NOINPUT) from error
@@ -460,7 +472,7 @@ class FuseMount:
             self.mount_point.stat()
         except OSError as error:
             dead = mount_at(self.mount_point)
-            if error.errno != errno.ENOTCONN or dead is None or not _is_kdbusfs(dead):
+            if error.errno not in DEAD or dead is None or not _is_kdbusfs(dead):
                 raise
             log.info("%s: unmounting what a killed kdbusfs left", self.mount_point)
             _detach(dead.id)
