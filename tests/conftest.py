@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fixtures for every room. What needs no mount asks for none."""
+
+from collections.abc import Iterator
+
+import pytest
+
+import daemons
+
+
+@pytest.fixture(scope="session", params=daemons.POOL_KINDS)
+def mount(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[daemons.Mount]:
+    """A mounted domain, one for all tests with the same kind of pool."""
+    with daemons.running(tmp_path_factory.mktemp("domain"), request.param) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _no_fault_in_the_log(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Blame the test during which the daemon of `mount` logged a fault or ended."""
+    if "mount" not in request.fixturenames:
+        yield
+        return
+    running: daemons.Mount = request.getfixturevalue("mount")
+    before = len(running.faults())
+    yield
+    assert running.process.poll() is None, "the daemon has ended"
+    faults = running.faults()[before:]
+    assert not faults, faults
