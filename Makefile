@@ -4,26 +4,68 @@
 PYTHON ?= python3
 PREFIX ?= /usr/local
 DESTDIR ?=
+# mount(8) looks for its helpers nowhere else.
+HELPERDIR ?= /sbin
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --quiet --disable-pip-version-check
+TESTS ?= tests
 
 # What the native module and the Python client are compiled from: a change in
 # any of it makes the editable install build them again.
 NATIVE_SOURCES = $(filter-out kdbusfs/native/_native.c,$(wildcard kdbusfs/native/*.[ch] kdbusfs/native/build.py)) \
 	$(wildcard libkdbus/include/*/*.h libkdbus/src/*.[ch] libkdbus/python/kdbus/_build.py)
 
+C_SOURCES = $(filter-out %/_native.c,$(wildcard kdbusfs/native/*.c libkdbus/src/*.c examples/*.c \
+	bench/*.c tests/*.c tests/*/*.c))
+C_WARNINGS := -std=gnu11 -O2 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wundef -Wstrict-prototypes \
+	-Wmissing-prototypes -Wvla -Werror
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench install clean setup root
+.PHONY: help setup demo test check bench install clean library root
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-# --- set-up, done when needed -------------------------------------------------
+demo: root setup library ## mount, let programs in C and Python talk to each other, unmount
+	@$(MAKE) --no-print-directory -C examples
+	@examples/demo.sh
 
-setup: $(VENV)/.installed ## make .venv with kdbusfs in it (the other targets do this by themselves)
+test: root setup library ## run all tests, on both kinds of pool (TESTS=... picks some)
+	@$(BIN)/python -m pytest $(TESTS)
+
+check: setup ## ruff, mypy, and the C compiler with warnings as errors
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@for source in $(C_SOURCES); do \
+		$(CC) $(C_WARNINGS) $(CPPFLAGS) -Ilibkdbus/include -c -o /dev/null $$source || exit 1; \
+	done
+
+bench: root setup library ## measure, beside the smallest FUSE server in C, and print tables
+	@$(BIN)/python bench/run.py
+
+install: setup library ## install kdbusfs, libkdbus and mount.kdbusfs (PREFIX, DESTDIR)
+	@$(MAKE) --no-print-directory -C libkdbus install PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)'
+	@tools/install.sh '$(PYTHON)' '$(PREFIX)' '$(DESTDIR)' '$(HELPERDIR)'
+
+clean: ## remove all that was built, the virtual environment too
+	@for part in libkdbus examples; do \
+		[ ! -e $$part/Makefile ] || $(MAKE) --no-print-directory -C $$part clean; \
+	done
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f kdbusfs/native/_native.* libkdbus/python/kdbus/_kdbus.*
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# --- done when needed -----------------------------------------------------------
+
+library: setup
+	@$(MAKE) --no-print-directory -C libkdbus
+
+setup: $(VENV)/.installed
 
 $(VENV)/.packages: tools/packages.sh
 	@tools/packages.sh $(PYTHON)
@@ -35,3 +77,6 @@ $(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py $(NATIVE_SOURCES)
 	@echo "installing kdbusfs into $(VENV)"
 	@$(BIN)/pip install $(PIP_OPTIONS) --no-build-isolation --editable '.[dev]'
 	@touch $@
+
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "kdbusfs mounts a filesystem: please run this as root" >&2; exit 1; }

@@ -1,0 +1,24 @@
+#!/bin/sh
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Installs kdbusfs with the Python packages it needs into a directory of its own,
+# PREFIX/lib/kdbusfs, so that it meets no other Python program's, and the commands
+# kdbusfs and mount.kdbusfs. Usage: install.sh PYTHON PREFIX DESTDIR HELPERDIR
+set -eu
+
+python=$1 prefix=$2 destdir=$3 helperdir=$4
+home=$prefix/lib/kdbusfs
+staged=$destdir$home
+
+rm -rf "$staged"
+"$python" -m venv "$staged"
+"$staged/bin/python" -m pip install --quiet --quiet --disable-pip-version-check .
+# Python finds its directory from where it is started, scripts carry it in their
+# first line: under DESTDIR that would be the wrong one.
+find "$staged/bin" -mindepth 1 ! -name 'python*' -delete
+
+install -d "$destdir$prefix/bin" "$destdir$prefix/share/doc/kdbusfs" "$destdir$helperdir"
+printf '#!/bin/sh\nexec %s/bin/python -m kdbusfs "$@"\n' "$home" >"$destdir$prefix/bin/kdbusfs"
+chmod 755 "$destdir$prefix/bin/kdbusfs"
+sed "s|^kdbusfs=.*|kdbusfs=$prefix/bin/kdbusfs|" mount-helper/mount.kdbusfs >"$destdir$helperdir/mount.kdbusfs"
+chmod 755 "$destdir$helperdir/mount.kdbusfs"
+install -m 644 README.md CHANGELOG.md LICENSE docs/kdbusfs.8.md "$destdir$prefix/share/doc/kdbusfs"
