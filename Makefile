@@ -32,7 +32,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: root setup library ## mount, let programs in C and Python talk to each other, unmount
-	@$(MAKE) --no-print-directory -C examples
+	@$(MAKE) --silent -C examples all
 	@examples/demo.sh
 
 test: root setup library ## run all tests, on both kinds of pool (TESTS=... picks some)
@@ -49,12 +49,12 @@ bench: root setup library ## measure, beside the smallest FUSE server in C, and 
 	@$(BIN)/python bench/run.py
 
 install: setup library ## install kdbusfs, libkdbus and mount.kdbusfs (PREFIX, DESTDIR)
-	@$(MAKE) --no-print-directory -C libkdbus install PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)'
+	@$(MAKE) --silent -C libkdbus install PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)'
 	@tools/install.sh '$(PYTHON)' '$(PREFIX)' '$(DESTDIR)' '$(HELPERDIR)'
 
 clean: ## remove all that was built, the virtual environment too
 	@for part in libkdbus examples; do \
-		[ ! -e $$part/Makefile ] || $(MAKE) --no-print-directory -C $$part clean; \
+		[ ! -e $$part/Makefile ] || $(MAKE) --silent -C $$part clean; \
 	done
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f kdbusfs/native/_native.* libkdbus/python/kdbus/_kdbus.*
@@ -63,7 +63,7 @@ clean: ## remove all that was built, the virtual environment too
 # --- done when needed -----------------------------------------------------------
 
 library: setup
-	@$(MAKE) --no-print-directory -C libkdbus
+	@$(MAKE) --silent -C libkdbus all
 
 setup: $(VENV)/.installed
 
