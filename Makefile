@@ -19,7 +19,7 @@ NATIVE_SOURCES = $(filter-out kdbusfs/native/_native.c,$(wildcard kdbusfs/native
 
 C_SOURCES = $(filter-out %/_native.c,$(wildcard kdbusfs/native/*.c libkdbus/src/*.c examples/*.c \
 	bench/*.c tests/*.c tests/*/*.c))
-C_WARNINGS := -std=gnu11 -O2 -D_GNU_SOURCE -Wall -Wextra -Wshadow -Wundef -Wstrict-prototypes \
+C_WARNINGS := -std=gnu11 -O2 -D_GNU_SOURCE= -Wall -Wextra -Wshadow -Wundef -Wstrict-prototypes \
 	-Wmissing-prototypes -Wvla -Werror
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
