@@ -9,7 +9,8 @@ python=$1 prefix=$2 destdir=$3 helperdir=$4
 home=$prefix/lib/kdbusfs
 staged=$destdir$home
 
-rm -rf "$staged"
+# Modules that the project no longer has may lie in build/ from another time.
+rm -rf "$staged" build/lib build/lib.* build/bdist.*
 "$python" -m venv "$staged"
 "$staged/bin/python" -m pip install --quiet --quiet --disable-pip-version-check .
 # Python finds its directory from where it is started, scripts carry it in their
@@ -17,8 +18,11 @@ rm -rf "$staged"
 find "$staged/bin" -mindepth 1 ! -name 'python*' -delete
 
 install -d "$destdir$prefix/bin" "$destdir$prefix/share/doc/kdbusfs" "$destdir$helperdir"
-printf '#!/bin/sh\nexec %s/bin/python -m kdbusfs "$@"\n' "$home" >"$destdir$prefix/bin/kdbusfs"
+# -I: root must not import what lies in the current directory or PYTHONPATH.
+printf '#!/bin/sh\nexec %s/bin/python -I -m kdbusfs "$@"\n' "$home" >"$destdir$prefix/bin/kdbusfs"
 chmod 755 "$destdir$prefix/bin/kdbusfs"
 sed "s|^kdbusfs=.*|kdbusfs=$prefix/bin/kdbusfs|" mount-helper/mount.kdbusfs >"$destdir$helperdir/mount.kdbusfs"
 chmod 755 "$destdir$helperdir/mount.kdbusfs"
 install -m 644 README.md CHANGELOG.md LICENSE docs/kdbusfs.8.md "$destdir$prefix/share/doc/kdbusfs"
+# The dynamic linker has to hear of libkdbus, unless this is only a staging directory.
+[ -n "$destdir" ] || ! command -v ldconfig >/dev/null || ldconfig
