@@ -287,6 +287,17 @@ def memory_of(pid: int) -> dict[str, int]:
     return total
 
 
+def settled_memory_of(pid: int) -> dict[str, int]:
+    """The same once it no longer changes: files are released in the background."""
+    deadline = time.monotonic() + DEADLINE
+    before: dict[str, int] = {}
+    now = memory_of(pid)
+    while before.get("Pss") != now["Pss"] and time.monotonic() < deadline:
+        time.sleep(0.2)
+        before, now = now, memory_of(pid)
+    return now
+
+
 def table_memory(bench: Bench) -> Iterator[Row]:
     """What connections cost that only said hello.
 
@@ -301,7 +312,7 @@ def table_memory(bench: Bench) -> Iterator[Row]:
         for stage in ("few", "many", "closed"):
             if process.stdout.readline().strip() != stage:
                 raise BenchError("memory: the client failed")
-            stages[stage] = memory_of(bench.daemon.pid)
+            stages[stage] = settled_memory_of(bench.daemon.pid)
             process.stdin.write("\n")
             process.stdin.flush()
     bench.check_daemon()
