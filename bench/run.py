@@ -332,7 +332,8 @@ def table_memory(bench: Bench) -> Iterator[Row]:
     yield row("Rss of the daemon, each", growth("Rss"))
     yield row("kernel objects (Slab of the system), each", growth("Slab"))
     yield row("page cache (Cached of the system), each", growth("Cached"))
-    yield row("daemon's own memory once all are closed, each", growth("Pss_Anon", "closed"))
+    yield row("once all are closed: daemon's own memory, each", growth("Pss_Anon", "closed"))
+    yield row("once all are closed: pools (Shmem), each", growth("Shmem", "closed"))
 
 
 TABLES: dict[str, Callable[[Bench], Iterator[Row]]] = {
