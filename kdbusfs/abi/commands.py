@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What each command takes and gives: its struct, flags and items.
+
+One `Form` per command, and one for the message that SEND points at. The direction bits in an
+ioctl's number say nothing about the real flow: every command reads its struct and items, and
+every command writes at least return_flags.
+"""
+
+from typing import NamedTuple
+
+from . import structs
+from .items import Accept, accept
+from .numbers import (
+    Command,
+    ExtensionCommand,
+    HelloFlag,
+    ItemType,
+    ListFlag,
+    MakeFlag,
+    MatchFlag,
+    MsgFlag,
+    NameFlag,
+    RecvFlag,
+    SendFlag,
+)
+
+_I = ItemType
+
+
+class Form(NamedTuple):
+    """The form of a command's argument."""
+
+    name: str
+    size: int
+    """Bytes of the fixed struct; items start behind it."""
+    flags: int
+    """The flags it allows, as they come back from negotiation."""
+    items: dict[int, Accept]
+    mandatory: frozenset[int]
+    tolerated: int
+    """Flags that are accepted without being allowed, and ignored."""
+
+
+def _form(
+    name: str,
+    struct: structs.Struct,
+    flags: int = 0,
+    items: dict[int, Accept] | None = None,
+    tolerated: int = 0,
+) -> Form:
+    items = accept() if items is None else items
+    mandatory = frozenset(t for t, rule in items.items() if rule.mandatory)
+    return Form(name, struct.size, int(flags), items, mandatory, int(tolerated))
+
+
+def _all(family: type) -> int:
+    mask = 0
+    for member in family:  # type: ignore[attr-defined]
+        mask |= int(member)
+    return mask
+
+
+MESSAGE = _form(
+    "message",
+    structs.MSG,
+    _all(MsgFlag),
+    accept(
+        single=(_I.FDS, _I.BLOOM_FILTER, _I.DST_NAME),
+        repeated=(_I.PAYLOAD_VEC, _I.PAYLOAD_MEMFD),
+    ),
+)
+"""struct kdbus_msg as SEND finds it at msg_address."""
+
+_SEND = _form("SEND", structs.CMD_SEND, _all(SendFlag), accept(single=(_I.CANCEL_FD,)))
+_RECV = _form("RECV", structs.CMD_RECV, _all(RecvFlag))
+
+FORMS: dict[int, Form] = {
+    Command.BUS_MAKE: _form(
+        "BUS_MAKE",
+        structs.CMD,
+        _all(MakeFlag),
+        accept(single=(_I.ATTACH_FLAGS_SEND,), mandatory=(_I.MAKE_NAME, _I.BLOOM_PARAMETER)),
+    ),
+    Command.ENDPOINT_MAKE: _form(
+        "ENDPOINT_MAKE", structs.CMD, _all(MakeFlag), accept(mandatory=(_I.MAKE_NAME,))
+    ),
+    Command.ENDPOINT_UPDATE: _form(
+        "ENDPOINT_UPDATE", structs.CMD, 0, accept(repeated=(_I.NAME, _I.POLICY_ACCESS))
+    ),
+    Command.HELLO: _form(
+        "HELLO",
+        structs.CMD_HELLO,
+        _all(HelloFlag),
+        accept(
+            single=(_I.NAME, _I.CREDS, _I.PIDS, _I.SECLABEL, _I.CONN_DESCRIPTION),
+            repeated=(_I.POLICY_ACCESS,),
+        ),
+    ),
+    Command.UPDATE: _form(
+        "UPDATE",
+        structs.CMD,
+        0,
+        accept(
+            single=(_I.ATTACH_FLAGS_SEND, _I.ATTACH_FLAGS_RECV),
+            repeated=(_I.NAME, _I.POLICY_ACCESS),
+        ),
+    ),
+    Command.BYEBYE: _form("BYEBYE", structs.CMD),
+    Command.FREE: _form("FREE", structs.CMD_FREE),
+    Command.CONN_INFO: _form("CONN_INFO", structs.CMD_INFO, 0, accept(single=(_I.NAME,))),
+    Command.BUS_CREATOR_INFO: _form("BUS_CREATOR_INFO", structs.CMD_INFO),
+    Command.LIST: _form("LIST", structs.CMD_LIST, _all(ListFlag)),
+    Command.SEND: _SEND,
+    Command.RECV: _RECV,
+    Command.NAME_ACQUIRE: _form(
+        "NAME_ACQUIRE",
+        structs.CMD,
+        NameFlag.REPLACE_EXISTING | NameFlag.ALLOW_REPLACEMENT | NameFlag.QUEUE,
+        accept(mandatory=(_I.NAME,)),
+        # Programs of the time hand the flags that came back straight in again (docs/conformance.md).
+        tolerated=NameFlag.PRIMARY | NameFlag.ACQUIRED,
+    ),
+    Command.NAME_RELEASE: _form("NAME_RELEASE", structs.CMD, 0, accept(mandatory=(_I.NAME,))),
+    Command.MATCH_ADD: _form(
+        "MATCH_ADD",
+        structs.CMD_MATCH,
+        _all(MatchFlag),
+        accept(
+            repeated=(
+                _I.BLOOM_MASK,
+                _I.NAME,
+                _I.ID,
+                _I.DST_ID,
+                _I.NAME_ADD,
+                _I.NAME_REMOVE,
+                _I.NAME_CHANGE,
+                _I.ID_ADD,
+                _I.ID_REMOVE,
+            )
+        ),
+    ),
+    Command.MATCH_REMOVE: _form("MATCH_REMOVE", structs.CMD_MATCH),
+    ExtensionCommand.FD_SOCKET: _form("FD_SOCKET", structs.CMD_FD_SOCKET),
+    ExtensionCommand.RECV: _RECV._replace(name="RECV+"),
+    ExtensionCommand.SEND: _SEND._replace(name="SEND+"),
+}

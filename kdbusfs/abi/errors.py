@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The one exception that is part of a command's contract."""
+
+import errno as _errno
+
+
+class CommandError(Exception):
+    """A command ends with *errno*, as its man page says; *why* is for the debug log only."""
+
+    def __init__(self, errno: int, why: str = "") -> None:
+        super().__init__(errno, why)
+        self.errno = errno
+        self.why = why
+
+    def __str__(self) -> str:
+        name = _errno.errorcode.get(self.errno, str(self.errno))
+        return f"{name}: {self.why}" if self.why else name
+
+
+class Fault(CommandError):
+    """The caller's memory could not be read or written: EFAULT."""
+
+    def __init__(self, why: str = "memory of the caller") -> None:
+        super().__init__(_errno.EFAULT, why)
