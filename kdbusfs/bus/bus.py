@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A bus (kdbus.bus(7)): connections that can send to each other, and the order they see.
+
+Everything that one call causes is done before that call is answered: messages are copied into
+the receivers' pools, trackers and names are settled, and the notifications that came up are
+sent, in the order in which they came up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import (
+    EADDRNOTAVAIL,
+    EBADSLT,
+    EBUSY,
+    ECANCELED,
+    ECOMM,
+    ECONNRESET,
+    EINTR,
+    ENXIO,
+    EPERM,
+    EPIPE,
+    EREMCHG,
+    EREMOTEIO,
+    ESRCH,
+    ETIMEDOUT,
+)
+from typing import TYPE_CHECKING
+
+from ..abi.errors import CommandError
+from ..abi.items import build
+from ..abi.numbers import ID_ANY, ItemType, MsgFlag
+from ..abi.structs import MSG_INFO
+from .call import PENDING, Call
+from .connection import ACTIVATOR, MONITOR, Connection, QueueEntry
+from .endpoint import Endpoint
+from .match import MatchIndex
+from .message import Message, Notification, id_item, name_item
+from .names import NameChange, NameEntry, NameRegistry
+from .policy import PolicyDatabase
+from .reply import Reply
+
+if TYPE_CHECKING:
+    from .domain import Domain
+    from .metadata import Facts
+    from .peer import Descriptor
+    from .quota import User
+
+_EXPECT_REPLY = int(MsgFlag.EXPECT_REPLY)
+_NO_AUTO_START = int(MsgFlag.NO_AUTO_START)
+_SIGNAL = int(MsgFlag.SIGNAL)
+_REPLY_AT = 32
+"""Offset of reply in struct kdbus_cmd_send."""
+
+
+class Bus:
+    """One bus of a *domain*."""
+
+    def __init__(
+        self,
+        domain: Domain,
+        name: str,
+        flags: int,
+        bloom: tuple[int, int],
+        creator_mask: int,
+        uid: int,
+    ) -> None:
+        self.domain = domain
+        self.name = name
+        self.flags = flags
+        self.id = domain.next_id()
+        self.id128 = bytes(16)
+        self.bloom_size, self.bloom_n_hash = bloom
+        self.creator_mask = creator_mask
+        """Attach flags: what BUS_CREATOR_INFO may tell."""
+        self.creator_facts: Facts
+        self.creator: User
+        """Whom the bus counts for."""
+        self.uid = uid
+        """Effective uid of the maker; connections of that uid are owners."""
+        self.alive = True
+        self.endpoints: dict[Endpoint, None] = {}
+        """The default endpoint first."""
+        self.connections: dict[int, Connection] = {}
+        """By id, monitors among them."""
+        self.monitors: dict[Connection, None] = {}
+        self.names = NameRegistry(self._migrate)
+        self.policy = PolicyDatabase()
+        self.matches = MatchIndex()
+        self._seqnum = 0
+        self._notifications: list[Notification] = []
+
+    # --- connections
+
+    def connect(self, connection: Connection) -> None:
+        """Make *connection* reachable."""
+        self.connections[connection.id] = connection
+        connection.endpoint.connections[connection] = None
+        if connection.kind == MONITOR:
+            self.monitors[connection] = None
+        else:
+            self._announce_id(ItemType.ID_ADD, connection)
+
+    def disconnect(self, connection: Connection, *, polite: bool = False) -> None:
+        """End *connection* (BYEBYE if *polite*, else close or the end of its endpoint).
+
+        ECONNRESET: it has ended already. EBUSY: polite, and messages are queued.
+        """
+        if not connection.alive:
+            raise CommandError(ECONNRESET, "disconnected")
+        if polite and connection.queue:
+            raise CommandError(EBUSY, f"{len(connection.queue)} messages unread")
+        connection.alive = False
+        for reply in [r for r in connection.requests if r.call is not None]:
+            self._finish(reply, ECONNRESET)
+        self.policy.remove(connection)
+        del self.connections[connection.id]
+        del connection.endpoint.connections[connection]
+        self.monitors.pop(connection, None)
+        for match in connection.matches:
+            self.matches.remove(match)
+        connection.matches.clear()
+        for name in list(connection.names):
+            self.announce(self.names.release(connection, name))
+        self.flush()
+        while connection.queue:
+            connection.discard(connection.queue.popleft())
+        for reply in [*connection.requests, *connection.suspended.values()]:
+            self._forget(reply)
+        for reply in list(connection.owed):
+            self.reply_dead(reply)
+        connection.lost = 0
+        if connection.kind != MONITOR:
+            self._announce_id(ItemType.ID_REMOVE, connection)
+        self.flush()
+        connection.wake()
+
+    # --- notifications
+
+    def _next_seqnum(self) -> int:
+        self._seqnum += 1
+        return self._seqnum
+
+    def _announce_id(self, type_: ItemType, connection: Connection) -> None:
+        item, change = id_item(type_, connection.id, connection.flags)
+        domain = self.domain
+        self._notifications.append(
+            Notification(
+                domain.kernel_user, domain.clock, self._next_seqnum(), item, change=change
+            )
+        )
+
+    def announce(self, name_change: NameChange | None) -> None:
+        """Have a notification of *name_change* sent with the next `flush`."""
+        if name_change is not None:
+            item, change = name_item(name_change)
+            domain = self.domain
+            self._notifications.append(
+                Notification(
+                    domain.kernel_user, domain.clock, self._next_seqnum(), item, change=change
+                )
+            )
+
+    def _announce_reply(self, type_: ItemType, reply: Reply) -> None:
+        domain = self.domain
+        self._notifications.append(
+            Notification(
+                domain.kernel_user,
+                domain.clock,
+                self._next_seqnum(),
+                build(type_, b""),
+                dst_id=reply.requester.id,
+                cookie_reply=reply.cookie,
+            )
+        )
+
+    def flush(self) -> None:
+        """Send the notifications that have come up."""
+        while self._notifications:
+            pending, self._notifications = self._notifications, []
+            for notification in pending:
+                if notification.change is not None:
+                    self._broadcast_notification(notification)
+                else:
+                    self._notify(notification)
+
+    def _broadcast_notification(self, notification: Notification) -> None:
+        change = notification.change
+        assert change is not None
+        for monitor in self.monitors:
+            monitor.offer(notification)
+        for receiver in self.matches.takers_of_change(change):
+            if not change.name or receiver.endpoint.may_see_name(receiver.opener, change.name):
+                receiver.offer(notification)
+
+    def _notify(self, notification: Notification) -> None:
+        """REPLY_* to the requester, if it still exists; lost without trace if it does not fit."""
+        requester = self.connections.get(notification.dst_id)
+        if requester is None:
+            return
+        for monitor in self.monitors:
+            monitor.offer(notification)
+        try:
+            requester.enqueue(notification)
+        except CommandError:
+            pass
+
+    # --- sending
+
+    def send(self, message: Message, call: Call, *, sync: bool, cancel: Descriptor | None) -> int:
+        """SEND a message that has passed examination."""
+        message.number(self._next_seqnum())
+        message.take_descriptors()
+        if message.dst_id == ID_ANY:
+            self._broadcast(message)
+        elif sync:
+            return self._call(message, call, cancel)
+        elif message.flags & _EXPECT_REPLY or not message.timeout:
+            self._unicast(message)
+        else:
+            self._reply(message)
+        return 0
+
+    def _pin(self, message: Message) -> Connection:
+        """Find the destination."""
+        if message.dst_name is None:
+            target = self.connections.get(message.dst_id)
+            if target is None or target.kind:
+                raise CommandError(ENXIO, f"no connection {message.dst_id}")
+            return target
+        entry = self.names.entries.get(message.dst_name)
+        owner = entry.owner if entry is not None else None
+        if owner is None:
+            raise CommandError(ESRCH, f"no owner of {message.dst_name.decode()}")
+        target = owner.connection
+        if message.dst_id and message.dst_id != target.id:
+            raise CommandError(EREMCHG, f"{message.dst_name.decode()} is owned by {target.id}")
+        if target.kind == ACTIVATOR and message.flags & _NO_AUTO_START:
+            raise CommandError(EADDRNOTAVAIL, f"{message.dst_name.decode()} is not running")
+        message.name = entry
+        return target
+
+    def _check_talk(self, message: Message, target: Connection) -> None:
+        sender, peer = message.sender, message.peer
+        endpoint = sender.endpoint
+        # The request tells the filesystem uid for free. It is one of the caller's own uids, so
+        # whoever may talk by it could make it the effective one as well; only where it does not
+        # suffice are the real credentials fetched.
+        if not endpoint.custom and (sender.owner or peer.uid == target.opener.uid):
+            return
+        if not endpoint.may_talk(sender, peer.credentials(), target):
+            raise CommandError(EPERM, f"{sender.id} may not talk to {target.id}")
+
+    def _copy_to_monitors(self, message: Message) -> None:
+        for monitor in self.monitors:
+            monitor.offer(message)
+
+    def _broadcast(self, message: Message) -> None:
+        self._copy_to_monitors(message)
+        sender = message.sender
+        for receiver in self.matches.takers_of_signal(message.signal()):
+            if receiver.endpoint.may_talk(receiver, receiver.opener, sender):
+                receiver.offer(message)
+
+    def _signal(self, message: Message, target: Connection) -> None:
+        """A unicast signal: dropped in silence unless the target wants and may have it."""
+        self._copy_to_monitors(message)
+        signal = message.signal()
+        if any(match.passes_signal(signal) for match in target.matches):
+            if target.endpoint.may_talk(target, target.opener, message.sender):
+                try:
+                    target.enqueue(message)
+                except CommandError:
+                    pass
+
+    def _unicast(self, message: Message) -> None:
+        target = self._pin(message)
+        if message.flags & _SIGNAL:
+            self._signal(message, target)
+            return
+        self._check_talk(message, target)
+        if message.flags & _EXPECT_REPLY:
+            self._request(message, target, None)
+            return
+        if self.monitors:
+            self._copy_to_monitors(message)
+        target.enqueue(message)
+
+    def _request(self, message: Message, target: Connection, call: Call | None) -> Reply:
+        """Queue a request with its tracker."""
+        reply = Reply(
+            message.sender, target, message.cookie, message.name, message.timeout, call
+        )
+        self._copy_to_monitors(message)
+        self.domain.watch_deadline(reply)
+        try:
+            entry = target.enqueue(message)
+        except CommandError:
+            reply.unlist()
+            raise
+        entry.reply = reply
+        reply.queued = True
+        return reply
+
+    def _reply(self, message: Message) -> None:
+        """A message with cookie_reply: the answer to a request."""
+        requester = self._pin(message)
+        sender = message.sender
+        for reply in reversed(requester.requests):
+            if reply.cookie == message.timeout and reply.target is sender:
+                break
+        else:
+            raise CommandError(EBADSLT, f"no request {message.timeout} waits for {sender.id}")
+        reply.unlist()
+        # The tracker is the permission: whoever asked may be answered.
+        self._copy_to_monitors(message)
+        if not reply.sync:
+            requester.enqueue(message)
+            return
+        try:
+            entry = requester.stage(message)
+        except CommandError as error:
+            self._finish(reply, EREMOTEIO if error.errno == ECOMM else error.errno)
+            raise
+        self._finish(reply, 0, entry)
+
+    # --- synchronous calls
+
+    def _call(self, message: Message, call: Call, cancel: Descriptor | None) -> int:
+        sender = message.sender
+        reply = sender.suspended.get(message.cookie)
+        if reply is not None:
+            return self._resume(reply, call, cancel)
+        if message.timeout <= self.domain.clock.monotonic_ns() or message.timeout >= 1 << 63:
+            raise CommandError(ETIMEDOUT, "deadline has passed")
+        target = self._pin(message)
+        self._check_talk(message, target)
+        reply = self._request(message, target, call)
+        call.wait = reply
+        self._watch_cancel(reply, cancel)
+        return PENDING
+
+    def _resume(self, reply: Reply, call: Call, cancel: Descriptor | None) -> int:
+        """Go on with a call that a signal interrupted."""
+        reply.resume()
+        reply.call = call
+        call.wait = reply
+        if reply.answer is not None or reply.error:
+            self._finish(reply, reply.error, reply.answer)
+        else:
+            self._watch_cancel(reply, cancel)
+        return PENDING
+
+    def _watch_cancel(self, reply: Reply, cancel: Descriptor | None) -> None:
+        if cancel is not None:
+            reply.unwatch = cancel.watch(lambda: self._cancel(reply))
+            if reply.unwatch is None:
+                self._cancel(reply)
+
+    def _cancel(self, reply: Reply) -> None:
+        reply.unlist()
+        self._finish(reply, ECANCELED)
+
+    def _finish(self, reply: Reply, error: int, answer: QueueEntry | None = None) -> None:
+        """End the wait of a synchronous request, with *answer* or *error*."""
+        reply.unlist()
+        if reply.unwatch is not None:
+            reply.unwatch()
+            reply.unwatch = None
+        call = reply.call
+        if call is None:
+            reply.answer, reply.error = answer, error
+            return
+        reply.call = None
+        call.wait = None
+        if answer is not None:
+            requester = reply.requester
+            call.fds = requester.publish(answer)
+            requester.discard(answer)
+            MSG_INFO.pack_into(call.data, _REPLY_AT, answer.slice.offset, answer.size, 0)
+        assert call.complete is not None
+        call.complete(call, error)
+
+    def interrupt(self, call: Call) -> None:
+        """A signal ends the wait of *call* with EINTR; the same call again resumes it."""
+        reply: Reply = call.wait
+        if reply.unwatch is not None:
+            reply.unwatch()
+            reply.unwatch = None
+        reply.call = None
+        call.wait = None
+        older = reply.requester.suspended.get(reply.cookie)
+        if older is not None:
+            self._forget(older)
+        reply.suspended = True
+        reply.requester.suspended[reply.cookie] = reply
+        assert call.complete is not None
+        call.complete(call, EINTR)
+
+    def _forget(self, reply: Reply) -> None:
+        """The requester has no more interest in *reply*."""
+        reply.unlist()
+        reply.resume()
+        if reply.answer is not None:
+            reply.requester.discard(reply.answer)
+            reply.answer = None
+
+    def time_out(self, reply: Reply) -> None:
+        """The deadline of *reply* has come."""
+        if reply.suspended:
+            self._forget(reply)
+        elif reply.sync:
+            self._finish(reply, ETIMEDOUT)
+        else:
+            reply.unlist()
+            self._announce_reply(ItemType.REPLY_TIMEOUT, reply)
+            self.flush()
+
+    def reply_dead(self, reply: Reply) -> None:
+        """*reply* can't be answered any more."""
+        if reply.sync:
+            self._finish(reply, EPIPE)
+        else:
+            reply.unlist()
+            self._announce_reply(ItemType.REPLY_DEAD, reply)
+
+    # --- receiving
+
+    def drop(self, connection: Connection, entry: QueueEntry) -> None:
+        """RECV with DROP: the message goes, and whoever waits for an answer hears of it."""
+        connection.dequeue(entry)
+        reply = entry.reply
+        connection.discard(entry)
+        if reply is not None and reply.listed and reply.target is connection:
+            self.reply_dead(reply)
+            self.flush()
+
+    # --- names
+
+    def _migrate(self, entry: NameEntry, old: Connection, new: Connection) -> None:
+        """Let what was addressed to *entry* follow the name from *old* to *new*."""
+        for reply in [r for r in old.owed if r.name is entry]:
+            if reply.requester is not old and reply.requester is not new:
+                reply.retarget(new)
+        for queued in [e for e in old.queue if e.name is entry]:
+            old.dequeue(queued)
+            moved = new.adopt(queued, old)
+            if moved is None:
+                new.lose()
+        new.wake()
+
+    # --- endpoints
+
+    def end_endpoint(self, endpoint: Endpoint) -> None:
+        """Disconnect everybody on *endpoint* and take its node away."""
+        endpoint.alive = False
+        for connection in list(endpoint.connections):
+            self.disconnect(connection)
+        del self.endpoints[endpoint]
+        node = endpoint.node
+        assert node.parent is not None
+        node.parent.unlink(node)
+
+    def end(self, unlink: Callable[[], None]) -> None:
+        """The bus owner is gone: everything ends."""
+        self.alive = False
+        for endpoint in list(self.endpoints):
+            self.end_endpoint(endpoint)
+        unlink()
+
+    def check(self) -> None:
+        """Assert what must hold between any two calls."""
+        assert not self._notifications
+        self.names.check()
+        for connection in self.connections.values():
+            assert connection.alive
+            connection.check()

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A command's argument: fetched from the caller, judged against its form, written back.
+
+The steps and their order are those of kdbus's own parser; the same one serves commands and the
+message that SEND points at. What fails before the struct was read in full leaves the caller's
+memory alone; from then on return_flags is always stored, also with an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import EFAULT, EINVAL, EMSGSIZE
+from typing import Any
+
+from ..abi.commands import Form
+from ..abi.errors import CommandError, Fault
+from ..abi.items import Item, walk
+from ..abi.numbers import FLAG_NEGOTIATE, ItemType, Limit
+from ..abi.structs import U64
+from .peer import Peer
+
+_MAX_SIZE = int(Limit.COMMAND_SIZE)
+_NEGOTIATE = int(ItemType.NEGOTIATE)
+_unpack_u64 = U64.unpack_from
+_NO_ITEMS: list[Item] = []
+
+
+class Argument:
+    """A struct with items behind it, in the caller's memory at *address*."""
+
+    __slots__ = ("form", "peer", "address", "data", "flags", "items", "negotiating")
+
+    def __init__(self, form: Form, peer: Peer, address: int) -> None:
+        self.form = form
+        self.peer = peer
+        self.address = address
+        self.data = bytearray()
+        """The struct and its items, as read once; results are put here, too."""
+        self.flags = 0
+        self.items: list[Item] = _NO_ITEMS
+        self.negotiating = False
+
+    def load(self, brought: bytes | bytearray | memoryview, ahead: int = 0) -> None:
+        """Fetch all of the argument. *brought* is what came with the request, if anything;
+        *ahead* how much to read at once in the hope that it is all."""
+        address, form = self.address, self.form
+        if address & 7:
+            raise CommandError(EFAULT, "argument is not aligned to 8 bytes")
+        if len(brought) >= form.size:
+            data = bytearray(brought)
+        else:
+            data = bytearray(self.peer.read_some(address, ahead or form.size))
+            if len(data) < 8:
+                raise Fault()
+        (size,) = _unpack_u64(data, 0)
+        if size < form.size:
+            raise CommandError(EINVAL, f"size {size}, {form.name} has {form.size}")
+        if size > _MAX_SIZE:
+            raise CommandError(EMSGSIZE, f"size {size}")
+        if size > len(data):
+            data = bytearray(self.peer.read(address, size))
+            if _unpack_u64(data, 0)[0] != size:
+                raise CommandError(EINVAL, "size changed while it was read")
+        elif size < len(data):
+            del data[size:]
+        self.data = data
+
+    def judge(self) -> None:
+        """Check flags and items, and negotiate where that is asked for."""
+        form, data = self.form, self.data
+        (flags,) = _unpack_u64(data, 8)
+        if flags & ~(form.flags | form.tolerated):
+            if flags & ~(form.flags | form.tolerated | FLAG_NEGOTIATE):
+                raise CommandError(EINVAL, f"flags {flags:#x}, {form.name} has {form.flags:#x}")
+            self.negotiating = True
+        self.flags = flags & form.flags
+        if len(data) > form.size:
+            self.items = walk(data, form.size, len(data), form.items)
+            for item in self.items:
+                if item.type == _NEGOTIATE:
+                    self._negotiate_items(item)
+        if self.negotiating:
+            U64.pack_into(data, 8, form.flags)
+            self.peer.write(self.address + 8, data[8:16])
+        elif form.mandatory:
+            missing = form.mandatory - {item.type for item in self.items}
+            if missing:
+                raise CommandError(EINVAL, f"{form.name} lacks item {min(missing):#x}")
+
+    def _negotiate_items(self, item: Item) -> None:
+        for at in range(item.start, item.start + item.size, 8):
+            if _unpack_u64(self.data, at)[0] not in self.form.items:
+                U64.pack_into(self.data, at, 0)
+                self.peer.write(self.address + at, bytes(8))
+
+    def u64(self, offset: int) -> int:
+        """The field of the struct at *offset*."""
+        value: int = _unpack_u64(self.data, offset)[0]
+        return value
+
+    def payload(self, item: Item) -> bytes:
+        """The payload of one of the items."""
+        return bytes(self.data[item.start : item.start + item.size])
+
+    def find(self, type_: int) -> bytes | None:
+        """The payload of the only item of *type_*, or None."""
+        for item in self.items:
+            if item.type == type_:
+                return self.payload(item)
+        return None
+
+    def string(self, type_: int) -> bytes | None:
+        """The string in the only item of *type_*, without its NUL, or None."""
+        payload = self.find(type_)
+        return None if payload is None else payload[:-1]
+
+
+class Call(Argument):
+    """One command on its way through the bus.
+
+    The handler puts results into `data` and says with `store` which bytes of it the caller gets;
+    the shell writes them back. A handler that has to wait (SYNC_REPLY) returns PENDING; whoever
+    ends the wait calls `complete(call, errno)`.
+    """
+
+    __slots__ = ("code", "read", "store", "store_on_error", "complete", "wait", "fds")
+
+    def __init__(self, code: int, form: Form, peer: Peer, address: int) -> None:
+        super().__init__(form, peer, address)
+        self.code = code
+        self.read = False
+        """Whether the argument was read in full, so that return_flags is stored from here on."""
+        self.store = (16, 24)
+        """Which bytes of the struct the caller gets back when the command succeeds."""
+        self.store_on_error = (16, 24)
+        self.complete: Callable[[Call, int], None] | None = None
+        self.wait: Any = None
+        """The reply this call waits for, while it is PENDING."""
+        self.fds: Any = None
+        """Descriptors to install in the caller before it returns (message.Delivery), or None."""
+
+    def returns(self, flags: int) -> None:
+        """Set return_flags."""
+        U64.pack_into(self.data, 16, flags)
+
+
+PENDING = 1
+"""What a handler returns that will complete its call later."""

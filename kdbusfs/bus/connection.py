@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Connections (kdbus.connection(7)): a place on a bus with an id, a pool and a queue."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from copy import copy
+from errno import EAGAIN, ECOMM, ECONNRESET
+from typing import TYPE_CHECKING
+
+from ..abi.errors import CommandError
+from ..abi.items import Buffer, build, build_string
+from ..abi.numbers import AttachFlag, HelloFlag, ItemType, NameFlag, RecvReturnFlag
+from ..abi.structs import I32, U64
+from .metadata import Facts, Reference
+from .peer import Credentials
+from .pool import Pool, Slice
+from .quota import Quota, User
+
+if TYPE_CHECKING:
+    from .bus import Bus
+    from .endpoint import Endpoint
+    from .match import Match
+    from .message import Deliverable
+    from .names import NameEntry, Owner
+    from .peer import Descriptor
+    from .reply import Reply
+
+ACCEPT_FD = int(HelloFlag.ACCEPT_FD)
+ACTIVATOR = int(HelloFlag.ACTIVATOR)
+POLICY_HOLDER = int(HelloFlag.POLICY_HOLDER)
+MONITOR = int(HelloFlag.MONITOR)
+SPECIAL = ACTIVATOR | POLICY_HOLDER | MONITOR
+_IN_QUEUE = int(NameFlag.IN_QUEUE)
+_NAMES = int(AttachFlag.NAMES)
+_DESCRIPTION = int(AttachFlag.CONN_DESCRIPTION)
+_INCOMPLETE_FDS = int(RecvReturnFlag.INCOMPLETE_FDS)
+
+
+class QueueEntry:
+    """A message in a receiver's pool: queued, or the answer a synchronous call waits for."""
+
+    __slots__ = (
+        "slice",
+        "user",
+        "size",
+        "priority",
+        "name",
+        "fds",
+        "memfds",
+        "positions",
+        "reply",
+        "copy",
+    )
+
+    def __init__(self, message: Deliverable, slice_: Slice) -> None:
+        self.slice = slice_
+        self.user = message.user
+        self.size = slice_.size
+        self.priority = message.priority
+        self.name: NameEntry | None = None
+        self.fds: list[Descriptor] = message.fds
+        self.memfds: list[Descriptor] = message.memfds
+        self.positions = message.fd_positions() if self.fds or self.memfds else []
+        self.reply: Reply | None = None
+        """The tracker, if this is a request."""
+        self.copy: bytes | None = None
+        """The slice's bytes, kept where the message may have to move on to another pool, since
+        its receiver could have tampered with its own. The payload may be missing, see `stage`."""
+
+    def moved(self, slice_: Slice) -> QueueEntry:
+        """The same message in a *slice_* of another pool."""
+        twin = copy(self)
+        twin.slice = slice_
+        return twin
+
+
+class Delivery:
+    """Descriptors on their way into the process that receives a message.
+
+    The numbers in the slice are -1 until `installed` is told better ones.
+    """
+
+    __slots__ = ("pool", "slice", "descriptors", "positions", "accepted")
+
+    def __init__(self, pool: Pool, entry: QueueEntry, accept_fds: bool) -> None:
+        self.pool = pool
+        self.slice = entry.slice
+        skip = 0 if accept_fds else len(entry.fds)
+        self.descriptors = (entry.fds + entry.memfds)[skip:]
+        self.positions = entry.positions[skip:]
+        self.accepted = skip == 0
+        for position in entry.positions:
+            self.pool.memory.write(self.slice.offset + position, b"\xff\xff\xff\xff")
+
+    def installed(self, numbers: list[int]) -> int:
+        """Put the receiver's *numbers* (-1: could not be installed) into the slice. Returns the
+        msg.return_flags that go with that."""
+        memory = self.pool.memory
+        for position, number in zip(self.positions, numbers, strict=True):
+            offset = self.slice.offset + position
+            memory.write(offset, I32.pack(number))
+            memory.publish(offset, I32.size)
+        return 0 if self.accepted and -1 not in numbers else _INCOMPLETE_FDS
+
+
+class Connection:
+    """What HELLO makes of an open endpoint: ordinary, activator, policy holder or monitor."""
+
+    __slots__ = (
+        "bus",
+        "endpoint",
+        "id",
+        "flags",
+        "kind",
+        "opener",
+        "owner",
+        "user",
+        "pool",
+        "quota",
+        "queue",
+        "lost",
+        "names",
+        "matches",
+        "attach_flags_send",
+        "attach_flags_recv",
+        "description",
+        "facts",
+        "faked",
+        "reference",
+        "requests",
+        "suspended",
+        "n_requests",
+        "owed",
+        "alive",
+        "waker",
+        "fd_socket",
+    )
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        id_: int,
+        flags: int,
+        opener: Credentials,
+        user: User,
+        pool: Pool,
+    ) -> None:
+        self.bus: Bus = endpoint.bus
+        self.endpoint = endpoint
+        self.id = id_
+        self.flags = flags
+        self.kind = flags & SPECIAL
+        """0 for an ordinary connection, else the flag of its kind."""
+        self.opener = opener
+        """Who opened the file; the `cred` of the connection ever after."""
+        self.owner = endpoint.is_owner(opener)
+        self.user = user
+        self.pool = pool
+        self.quota = Quota(pool.size)
+        self.queue: deque[QueueEntry] = deque()
+        self.lost = 0
+        self.names: dict[bytes, Owner] = {}
+        """Records in the name registry, in order of acquisition; queued ones too."""
+        self.matches: list[Match] = []
+        self.attach_flags_send = 0
+        self.attach_flags_recv = 0
+        self.description: bytes | None = None
+        self.facts: Facts
+        """The process that said HELLO, or what it claimed to be."""
+        self.faked = False
+        self.reference: Reference
+        self.requests: list[Reply] = []
+        """Trackers of its own requests, oldest first."""
+        self.suspended: dict[int, Reply] = {}
+        """Synchronous requests whose call was interrupted by a signal and may resume, by cookie."""
+        self.n_requests = 0
+        self.owed: dict[Reply, None] = {}
+        """Trackers of others that wait for its answer."""
+        self.alive = True
+        self.waker: Callable[[], None] | None = None
+        """Called when poll may have something to say."""
+        self.fd_socket: Descriptor | None = None
+        """Where descriptors go for those who receive with the extension's commands."""
+
+    def wake(self) -> None:
+        if self.waker is not None:
+            self.waker()
+
+    @property
+    def readable(self) -> bool:
+        return bool(self.queue) or self.lost > 0
+
+    def owned_names(self) -> list[bytes]:
+        """The names it owns, not those it queues for, in order of acquisition."""
+        return [name for name, owner in self.names.items() if not owner.flags & _IN_QUEUE]
+
+    def metadata_items(self, kinds: int) -> list[bytes]:
+        """The OWNED_NAME and CONN_DESCRIPTION items among *kinds*."""
+        items: list[bytes] = []
+        if kinds & _NAMES and self.names:
+            for name, owner in self.names.items():
+                if not owner.flags & _IN_QUEUE:
+                    items.append(owned_name_item(name, owner.flags))
+        if kinds & _DESCRIPTION and self.description is not None:
+            items.append(build_string(ItemType.CONN_DESCRIPTION, self.description))
+        return items
+
+    # --- receiving
+
+    def stage(self, message: Deliverable) -> QueueEntry:
+        """Copy *message* into the pool. ECONNRESET, ECOMM, ENOBUFS, EMFILE, EXFULL, EFAULT."""
+        if not self.alive:
+            raise CommandError(ECONNRESET, "destination is disconnected")
+        fds = message.fds
+        if fds and not self.flags & ACCEPT_FD and self.kind != MONITOR:
+            raise CommandError(ECOMM, "destination accepts no descriptors")
+        image = message.image(self)
+        offset = len(image)
+        size = (offset + message.n_payload + 7) & ~7
+        self.quota.charge(message.user, size, len(fds))
+        try:
+            slice_ = self.pool.allocate(size)
+        except CommandError:
+            self.quota.discharge(message.user, size, len(fds))
+            raise
+        entry = QueueEntry(message, slice_)
+        try:
+            if message.name is not None:
+                image = self._keep(entry, message, image)
+            self.pool.memory.write(slice_.offset, image)
+            if message.n_payload and len(image) == offset:
+                message.fill(self, slice_.offset + offset)
+                if message.n_payload & 7:
+                    end = offset + message.n_payload
+                    self.pool.memory.write(slice_.offset + end, bytes(size - end))
+        except CommandError:
+            self.discard(entry)
+            raise
+        return entry
+
+    def _keep(self, entry: QueueEntry, message: Deliverable, image: Buffer) -> Buffer:
+        """Prepare *entry*, which was addressed to a name, for message migration.
+
+        Header, items and metadata are kept in any case. The payload is kept, at the price of a
+        second copy, if the name has an activator: only then can the message move. An activator
+        that turns up later gets the payload as it then is in this pool.
+        """
+        entry.name = message.name
+        assert message.name is not None
+        if message.name.activator is not None:
+            image = image + message.payload()
+            image += bytes(-len(image) & 7)
+        entry.copy = bytes(image)
+        return image
+
+    def enqueue(self, message: Deliverable) -> QueueEntry:
+        """Stage *message* and queue it."""
+        entry = self.stage(message)
+        self.queue.append(entry)
+        self.wake()
+        return entry
+
+    def offer(self, message: Deliverable) -> None:
+        """Queue a broadcast, or a monitor's copy; one that can't be counts as lost."""
+        try:
+            self.enqueue(message)
+        except CommandError:
+            self.lose()
+
+    def lose(self) -> None:
+        """Count a lost message."""
+        self.lost += 1
+        if self.lost == 1:
+            self.wake()
+
+    def settle(self, entry: QueueEntry) -> None:
+        """*entry* is no longer queued: give back what it was charged."""
+        self.quota.discharge(entry.user, entry.size, len(entry.fds))
+        if entry.reply is not None:
+            entry.reply.unqueue()
+
+    def discard(self, entry: QueueEntry) -> None:
+        """Destroy a staged or dequeued message."""
+        self.settle(entry)
+        self.pool.release(entry.slice)
+
+    def pick(self, priority: int | None) -> QueueEntry:
+        """The oldest message, or with *priority* the oldest of those with the lowest value, which
+        must not exceed it. EAGAIN if there is none."""
+        queue = self.queue
+        if queue:
+            if priority is None:
+                return queue[0]
+            entry = min(queue, key=_priority)
+            if entry.priority <= priority:
+                return entry
+        raise CommandError(EAGAIN, "no message")
+
+    def dequeue(self, entry: QueueEntry) -> None:
+        """Take *entry* out of the queue; its slice stays."""
+        if self.queue[0] is entry:
+            self.queue.popleft()
+        else:
+            self.queue.remove(entry)
+
+    def publish(self, entry: QueueEntry) -> Delivery | None:
+        """Hand the slice to user space; returns the descriptors to install with it, if any."""
+        delivery = None
+        if entry.positions:
+            delivery = Delivery(self.pool, entry, bool(self.flags & ACCEPT_FD))
+        self.pool.publish(entry.slice)
+        return delivery
+
+    def adopt(self, entry: QueueEntry, old: Connection) -> QueueEntry | None:
+        """Message migration: queue what *old* has just dequeued. None if it could not be; the
+        message is gone then, and its sender learns nothing."""
+        moved = None
+        if not entry.fds or self.flags & ACCEPT_FD:
+            try:
+                moved = self._stage_copy(entry, old)
+            except CommandError:
+                pass
+        if moved is not None:
+            self.queue.append(moved)
+        elif entry.reply is not None:
+            entry.reply.unqueue()
+        old.quota.discharge(entry.user, entry.size, len(entry.fds))
+        old.pool.release(entry.slice)
+        return moved
+
+    def _stage_copy(self, entry: QueueEntry, old: Connection) -> QueueEntry:
+        content = entry.copy
+        assert content is not None
+        missing = entry.size - len(content)
+        if missing:
+            content += old.pool.memory.read(entry.slice.offset + len(content), missing)
+        self.quota.charge(entry.user, entry.size, len(entry.fds))
+        try:
+            slice_ = self.pool.allocate(entry.size)
+        except CommandError:
+            self.quota.discharge(entry.user, entry.size, len(entry.fds))
+            raise
+        self.pool.memory.write(slice_.offset, content)
+        return entry.moved(slice_)
+
+    def check(self) -> None:
+        """Assert what must hold between any two calls."""
+        self.pool.check()
+        queued = [*self.queue, *(r.answer for r in self.suspended.values() if r.answer)]
+        assert sum(e.size for e in queued) == self.quota.queued
+        accounts = self.quota.accounts
+        for user in {e.user for e in queued} | accounts.keys():
+            mine = [e for e in queued if e.user is user]
+            assert accounts[user].size == sum(e.size for e in mine)
+            assert accounts[user].messages == len(mine)
+            assert accounts[user].fds == sum(len(e.fds) for e in mine)
+        assert all(e.slice.kernel for e in queued)
+        n_held = sum(s.kernel for s in self.pool.slices())
+        assert n_held == len(queued), "a slice without a message"
+        assert all(r.requester is self and r.listed for r in self.requests)
+        assert all(r.target is self and r.listed for r in self.owed)
+
+
+def _priority(entry: QueueEntry) -> int:
+    return entry.priority
+
+
+def owned_name_item(name: bytes, flags: int) -> bytes:
+    """An OWNED_NAME item: {u64 flags, string}."""
+    return build(ItemType.OWNED_NAME, U64.pack(flags) + name + b"\0")

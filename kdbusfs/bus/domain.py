@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain (kdbus(7)): one mount, an isolated set of buses, users and ids."""
+
+from __future__ import annotations
+
+import heapq
+import stat
+from collections.abc import Callable
+from errno import EMFILE
+from typing import TYPE_CHECKING, Protocol
+
+from ..abi.errors import CommandError
+from ..abi.numbers import Limit
+from .metadata import UserNamespace
+from .node import Node
+from .quota import User
+
+if TYPE_CHECKING:
+    from .reply import Reply
+
+
+class Clock(Protocol):
+    """The time, in nanoseconds (clock_gettime(2))."""
+
+    def monotonic_ns(self) -> int: ...
+    def realtime_ns(self) -> int: ...
+
+
+class Domain:
+    """Ids, users, nodes and deadlines of one mount.
+
+    *user_namespace* is that of the mounter: names of nodes tell ids as they are in it.
+    """
+
+    def __init__(self, clock: Clock, user_namespace: UserNamespace) -> None:
+        self.clock = clock
+        self.user_namespace = user_namespace
+        self.root = Node(1, "", stat.S_IFDIR | 0o555, self)
+        self.root.link(Node(2, "control", stat.S_IFREG | 0o666, self))
+        self.kernel_user = User()
+        """Whom notifications are charged to."""
+        self._last_id = 0
+        self._users: dict[int, User] = {}
+        self._free_inos: list[int] = []
+        self._next_ino = 3
+        self._deadlines: list[tuple[int, int, Reply]] = []
+        self._n_deadlines = 0
+        self._n_stale = 0
+        """How many entries of the heap are of requests that have ended."""
+
+    def next_id(self) -> int:
+        """An id for a bus or connection; never the same twice."""
+        self._last_id += 1
+        return self._last_id
+
+    def user(self, uid: int) -> User:
+        """The user of a real uid."""
+        user = self._users.get(uid)
+        if user is None:
+            user = self._users[uid] = User(uid)
+        return user
+
+    def connect(self, user: User) -> None:
+        """Count a connection of *user*; EMFILE at 1024."""
+        if user.n_connections >= Limit.USER_CONNECTIONS:
+            raise CommandError(EMFILE, f"{user.n_connections} connections of this user")
+        user.n_connections += 1
+
+    def take_ino(self) -> int:
+        """The lowest free inode number."""
+        if self._free_inos:
+            return heapq.heappop(self._free_inos)
+        self._next_ino += 1
+        return self._next_ino - 1
+
+    def give_ino(self, ino: int) -> None:
+        heapq.heappush(self._free_inos, ino)
+
+    # --- deadlines of requests
+
+    def watch_deadline(self, reply: Reply) -> None:
+        self._n_deadlines += 1
+        heapq.heappush(self._deadlines, (reply.deadline, self._n_deadlines, reply))
+
+    def unwatch_deadline(self) -> None:
+        """Some watched request has ended: let the heap not grow with what is over."""
+        self._n_stale += 1
+        if self._n_stale > 64 and self._n_stale > len(self._deadlines) // 2:
+            self._deadlines = [d for d in self._deadlines if d[2].pending]
+            heapq.heapify(self._deadlines)
+            self._n_stale = 0
+
+    def next_deadline(self) -> int | None:
+        """When `expire` has something to do next (CLOCK_MONOTONIC ns), or None."""
+        deadlines = self._deadlines
+        while deadlines and not deadlines[0][2].pending:
+            heapq.heappop(deadlines)
+            self._n_stale -= 1
+        return deadlines[0][0] if deadlines else None
+
+    def expire(self) -> None:
+        """End every request whose deadline has passed."""
+        now = self.clock.monotonic_ns()
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            reply = heapq.heappop(self._deadlines)[2]
+            reply.requester.bus.time_out(reply)
+
+    def check(self) -> None:
+        """Assert what must hold between any two calls, on every bus."""
+        for node in self.root.children.values():
+            check: Callable[[], None] | None = getattr(node.subject, "check_bus", None)
+            if check is not None:
+                check()

@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Handles: our side of an open file, from open() to the last close().
+
+A handle starts on the control file or on an endpoint and is bound, once and for good, by one
+successful BUS_MAKE, ENDPOINT_MAKE or HELLO. What fails, or only negotiates, leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from enum import Enum, auto
+from errno import (
+    EBADFD,
+    ECONNRESET,
+    EEXIST,
+    EINVAL,
+    EMFILE,
+    ENOTTY,
+    EOPNOTSUPP,
+    EPERM,
+    ESHUTDOWN,
+)
+from stat import S_IFDIR, S_IFREG
+
+from ..abi import structs
+from ..abi.commands import FORMS
+from ..abi.errors import CommandError
+from ..abi.items import build
+from ..abi.names import is_policy_name
+from ..abi.numbers import ATTACH_ALL, Command, ItemType, Limit
+from ..abi.structs import U64, U64x2
+from .bus import Bus
+from .call import Call
+from .commands import COMMANDS, attach_flags, store_policy
+from .connection import ACTIVATOR, MONITOR, POLICY_HOLDER, SPECIAL, Connection
+from .domain import Domain
+from .endpoint import Endpoint
+from .metadata import PROCESS, UNSET_ID, Facts, Reference
+from .node import Node, access_mode
+from .peer import Credentials, Memory
+from .policy import parse_entries
+from .pool import Pool
+
+PAGE_SIZE = 4096
+_SETUP = frozenset({Command.BUS_MAKE, Command.ENDPOINT_MAKE, Command.HELLO})
+_FAKES = (ItemType.CREDS, ItemType.PIDS, ItemType.SECLABEL)
+
+
+class HandleState(Enum):
+    """What an open file is bound to."""
+
+    CONTROL = auto()
+    ENDPOINT = auto()
+    BUS_OWNER = auto()
+    ENDPOINT_OWNER = auto()
+    CONNECTION = auto()
+
+
+class Handle:
+    """One open file. *opener* is who opened it; *new_memory* makes a pool's memory for it."""
+
+    __slots__ = ("domain", "node", "opener", "new_memory", "state", "endpoint", "bus", "connection")
+
+    def __init__(
+        self,
+        domain: Domain,
+        node: Node,
+        opener: Credentials,
+        new_memory: Callable[[int], Memory],
+    ) -> None:
+        if not node.alive:
+            raise CommandError(ESHUTDOWN, "the node has gone")
+        self.domain = domain
+        self.node = node
+        self.opener = opener
+        self.new_memory = new_memory
+        subject = node.subject
+        self.endpoint: Endpoint | None = subject if isinstance(subject, Endpoint) else None
+        self.state = HandleState.ENDPOINT if self.endpoint else HandleState.CONTROL
+        self.bus: Bus | None = None
+        """The bus this handle made."""
+        self.connection: Connection | None = None
+
+    def execute(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
+        """Carry out *call*. *brought* is what of its argument came with the request.
+
+        Returns 0, or PENDING if `call.complete` will be called later; raises CommandError.
+        """
+        connection = self.connection
+        if connection is None:
+            return self._set_up(call, brought)
+        row = COMMANDS.get(call.code)
+        if row is None:
+            if call.code in _SETUP:
+                raise CommandError(EBADFD, "connected already")
+            if not connection.alive:
+                raise CommandError(ECONNRESET, "disconnected")
+            raise CommandError(EBADFD, "ENDPOINT_UPDATE on a connection")
+        if not connection.alive:
+            raise CommandError(ECONNRESET, "disconnected")
+        if connection.kind not in row.kinds:
+            raise CommandError(EOPNOTSUPP, "not for this kind of connection")
+        call.load(brought)
+        call.read = True
+        call.judge()
+        if call.negotiating and call.code not in _NEGOTIATES_MORE:
+            return 0
+        return row.handler(connection, call)
+
+    def _set_up(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
+        code, state = call.code, self.state
+        action: Callable[[Call], None]
+        if state is HandleState.CONTROL and code == Command.BUS_MAKE:
+            action = self._bus_make
+        elif state is HandleState.ENDPOINT and code in _SETUP:
+            self._check_endpoint()
+            if code == Command.ENDPOINT_MAKE:
+                self._check_may_make_endpoint()
+                action = self._endpoint_make
+            elif code == Command.HELLO:
+                action = self._hello
+            else:
+                raise CommandError(EBADFD, "BUS_MAKE on an endpoint")
+        elif state is HandleState.ENDPOINT_OWNER and code not in _SETUP:
+            self._check_endpoint()
+            if code != Command.ENDPOINT_UPDATE:
+                raise CommandError(EBADFD, "not for an endpoint's owner")
+            action = self._endpoint_update
+        else:
+            raise CommandError(EBADFD, f"not on a {state.name.lower()} handle")
+        call.load(brought)
+        call.read = True
+        call.judge()
+        if not call.negotiating:
+            action(call)
+        return 0
+
+    def _check_endpoint(self) -> Endpoint:
+        endpoint = self.endpoint
+        assert endpoint is not None
+        if not endpoint.alive or not endpoint.bus.alive:
+            raise CommandError(ESHUTDOWN, "the endpoint has gone")
+        return endpoint
+
+    # --- BUS_MAKE
+
+    def _bus_make(self, call: Call) -> None:
+        """KDBUS_CMD_BUS_MAKE (kdbus.bus(7)): make a bus that lives as long as this handle."""
+        domain = self.domain
+        size, n_hash = structs.BLOOM_PARAMETER.unpack(_given(call, ItemType.BLOOM_PARAMETER))
+        if not Limit.BLOOM_SIZE_MIN <= size <= Limit.BLOOM_SIZE_MAX or size % 8 or not n_hash:
+            raise CommandError(EINVAL, f"bloom filter of {size} bytes, {n_hash} hashes")
+        given = call.find(ItemType.ATTACH_FLAGS_SEND)
+        mask = attach_flags(U64.unpack(given)[0]) if given else 0
+        who = call.peer.credentials()
+        name = self._prefixed_name(call, who)
+        bus = Bus(domain, name, call.flags, (size, n_hash), mask, who.euid)
+        if name in domain.root.children:
+            raise CommandError(EEXIST, f"bus {name} exists")
+        bus.creator_facts = Facts()
+        call.peer.gather(bus.creator_facts, PROCESS)
+        bus.creator = domain.user(who.uid)
+        if bus.creator.n_buses >= Limit.USER_BUSES:
+            raise CommandError(EMFILE, f"{bus.creator.n_buses} buses of this user")
+        bus.id128 = uuid.uuid4().bytes
+        # Nothing below can fail but the caller's memory.
+        call.peer.write(call.address + 16, call.data[16:24])
+        bus.creator.n_buses += 1
+        mode = S_IFDIR | access_mode(call.flags, 0o500)
+        directory = Node(domain.take_ino(), name, mode, bus, who.euid, who.egid)
+        self._add_endpoint(bus, directory, "bus", call.flags, who, custom=False)
+        domain.root.link(directory)
+        self.bus = bus
+        self.state = HandleState.BUS_OWNER
+
+    def _prefixed_name(self, call: Call, who: Credentials) -> str:
+        name = _given(call, ItemType.MAKE_NAME)[:-1].decode()
+        euid = self.domain.user_namespace.uid(who.euid, -1)
+        if not name.startswith(f"{euid}-"):
+            raise CommandError(EINVAL, f"name must start with {euid}-")
+        return name
+
+    def _add_endpoint(
+        self, bus: Bus, directory: Node, name: str, flags: int, who: Credentials, *, custom: bool
+    ) -> Endpoint:
+        mode = S_IFREG | access_mode(flags, 0o600)
+        node = Node(self.domain.take_ino(), name, mode, bus, who.euid, who.egid)
+        endpoint = Endpoint(bus, node, custom)
+        node.subject = endpoint
+        bus.endpoints[endpoint] = None
+        directory.link(node)
+        return endpoint
+
+    # --- ENDPOINT_MAKE, ENDPOINT_UPDATE
+
+    def _check_may_make_endpoint(self) -> None:
+        endpoint = self.endpoint
+        assert endpoint is not None
+        if not endpoint.is_owner(self.opener):
+            raise CommandError(EPERM, "only the bus's owner makes endpoints, on the default one")
+
+    def _endpoint_make(self, call: Call) -> None:
+        """KDBUS_CMD_ENDPOINT_MAKE (kdbus.endpoint(7)): make a custom endpoint that lives as long
+        as this handle."""
+        assert self.endpoint is not None
+        bus, directory = self.endpoint.bus, self.endpoint.node.parent
+        assert directory is not None
+        who = call.peer.credentials()
+        name = self._prefixed_name(call, who)
+        if name in directory.children:
+            raise CommandError(EEXIST, f"endpoint {name} exists")
+        call.peer.write(call.address + 16, call.data[16:24])
+        self.endpoint = self._add_endpoint(bus, directory, name, call.flags, who, custom=True)
+        self.state = HandleState.ENDPOINT_OWNER
+
+    def _endpoint_update(self, call: Call) -> None:
+        """KDBUS_CMD_ENDPOINT_UPDATE (kdbus.endpoint(7)): replace the endpoint's policy."""
+        assert self.endpoint is not None
+        users = call.peer.credentials().user_namespace
+        self.endpoint.policy.replace(self.endpoint, parse_entries(call, users))
+
+    # --- HELLO
+
+    def _hello(self, call: Call) -> None:
+        """KDBUS_CMD_HELLO (kdbus.connection(7)): become a connection."""
+        endpoint = self.endpoint
+        assert endpoint is not None
+        pool_size = call.u64(56)
+        name = self._check_hello(call, endpoint, pool_size)
+        send_mask, recv_mask = attach_flags(call.u64(24)), attach_flags(call.u64(32))
+        id_ = self.domain.next_id()
+        facts, faked = self._hello_facts(call)
+        user = endpoint.user
+        if not endpoint.custom:
+            uid = self.opener.uid
+            if faked and facts.creds and endpoint.is_privileged(self.opener):
+                uid = facts.creds[0] if facts.creds[0] != UNSET_ID else uid
+            user = self.domain.user(uid)
+        memory = self.new_memory(pool_size)
+        try:
+            self.domain.connect(user)
+            try:
+                connection = Connection(
+                    endpoint, id_, call.flags, self.opener, user, Pool(pool_size, memory)
+                )
+                connection.attach_flags_send, connection.attach_flags_recv = send_mask, recv_mask
+                description = call.string(ItemType.CONN_DESCRIPTION)
+                connection.description = description
+                connection.facts, connection.faked = facts, faked
+                connection.reference = Reference(
+                    self.opener.user_namespace, call.peer.pid_namespace(), call.peer.root()
+                )
+                self._join(connection, call, name)
+            except CommandError:
+                user.n_connections -= 1
+                raise
+        except CommandError:
+            memory.close()
+            raise
+        self.connection = connection
+        self.state = HandleState.CONNECTION
+
+    def _check_hello(self, call: Call, endpoint: Endpoint, pool_size: int) -> bytes | None:
+        """Checks that come before anything is made; returns the name, if one is given."""
+        flags = call.flags
+        if not pool_size or pool_size % PAGE_SIZE:
+            raise CommandError(EINVAL, f"pool of {pool_size} bytes")
+        kind = flags & SPECIAL
+        if kind & (kind - 1):
+            raise CommandError(EINVAL, "more than one special kind of connection")
+        name = call.string(ItemType.NAME)
+        if (name is not None) != (kind in (ACTIVATOR, POLICY_HOLDER)):
+            raise CommandError(EINVAL, "a name goes with activators and policy holders, only")
+        if name is not None and not is_policy_name(name):
+            raise CommandError(EINVAL, "invalid name")
+        if kind == MONITOR and endpoint.custom:
+            raise CommandError(EOPNOTSUPP, "no monitors on custom endpoints")
+        if not endpoint.is_owner(self.opener):
+            if kind:
+                raise CommandError(EPERM, "a special connection is for the bus's owner")
+            if any(item.type in _FAKES for item in call.items):
+                raise CommandError(EPERM, "faked credentials are for the bus's owner")
+        return name
+
+    def _hello_facts(self, call: Call) -> tuple[Facts, bool]:
+        """Who the connection is: what it claims, if it claims anything, or its process."""
+        facts, peer = Facts(), call.peer
+        creds, pids = call.find(ItemType.CREDS), call.find(ItemType.PIDS)
+        facts.seclabel = call.string(ItemType.SECLABEL)
+        if creds is None and pids is None and facts.seclabel is None:
+            peer.gather(facts, PROCESS)
+            return facts, False
+        if creds is not None:
+            users = peer.credentials().user_namespace
+            claimed = structs.CREDS.unpack(creds)
+            uids = [_claimed_id(i, users.outer_uid) for i in claimed[:4]]
+            gids = [_claimed_id(i, users.outer_gid) for i in claimed[4:]]
+            facts.creds = (*uids, *gids)
+        if pids is not None:
+            found = []
+            for pid in structs.PIDS.unpack(pids):
+                numbers = peer.find_process(pid) if pid else (0,)
+                if numbers is None:
+                    raise CommandError(EINVAL, f"no process {pid}")
+                found.append(numbers)
+            facts.pids = tuple(found)
+            facts.pid_namespace = peer.pid_namespace()
+        facts.gathered = PROCESS
+        return facts, True
+
+    def _join(self, connection: Connection, call: Call, name: bytes | None) -> None:
+        """The steps of HELLO that others see; a failure takes them back, visibly."""
+        bus, pool = connection.bus, connection.pool
+        bloom = structs.BLOOM_PARAMETER.pack(bus.bloom_size, bus.bloom_n_hash)
+        item = build(ItemType.BLOOM_PARAMETER, bloom)
+        slice_ = pool.allocate(len(item))
+        pool.memory.write(slice_.offset, item)
+        bus.connect(connection)
+        try:
+            if connection.kind == ACTIVATOR:
+                assert name is not None
+                bus.announce(bus.names.activate(connection, name))
+            if name is not None:
+                store_policy(connection, call)
+            bus.flush()
+            pool.publish(slice_)
+            pool.release(slice_)
+            U64x2.pack_into(call.data, 40, bus.flags, connection.id)
+            U64x2.pack_into(call.data, 64, slice_.offset, len(item))
+            call.data[80:96] = bus.id128
+            call.peer.write(call.address + 16, call.data[16:96])
+        except CommandError:
+            bus.disconnect(connection)
+            raise
+        pool.memory.seal()
+        call.store = (16, 96)
+
+    # --- poll and close
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether poll says POLLERR|POLLHUP: no connection, or one that has ended."""
+        return self.connection is None or not self.connection.alive
+
+    @property
+    def readable(self) -> bool:
+        return self.connection is not None and self.connection.readable
+
+    def close(self) -> None:
+        """The last close of the file."""
+        if self.state is HandleState.BUS_OWNER:
+            self._end_bus()
+        elif self.state is HandleState.ENDPOINT_OWNER:
+            assert self.endpoint is not None
+            if self.endpoint.alive:
+                self.endpoint.bus.end_endpoint(self.endpoint)
+        elif self.connection is not None:
+            if self.connection.alive:
+                self.connection.bus.disconnect(self.connection)
+            self.connection.user.n_connections -= 1
+            self.connection.pool.close()
+
+    def _end_bus(self) -> None:
+        bus = self.bus
+        assert bus is not None
+        directory = next(iter(bus.endpoints)).node.parent
+        assert directory is not None
+        bus.end(lambda: self.domain.root.unlink(directory))
+        bus.creator.n_buses -= 1
+
+
+_NEGOTIATES_MORE = frozenset(
+    code for code, form in FORMS.items() if form.name.startswith("SEND")
+)
+"""SEND has the message to negotiate about, too."""
+
+
+def is_command(code: int) -> bool:
+    """Whether *code* is a command at all; ENOTTY if not, on whatever handle."""
+    return code in FORMS
+
+
+def _given(call: Call, type_: ItemType) -> bytes:
+    payload = call.find(type_)
+    assert payload is not None, "mandatory items have been checked"
+    return payload
+
+
+def _claimed_id(value: int, outer: Callable[[int], int | None]) -> int:
+    """One id of a faked CREDS item, as the domain knows it."""
+    if value == UNSET_ID:
+        return UNSET_ID
+    mapped = outer(value & 0xFFFFFFFF)
+    if mapped is None or value & 0xFFFFFFFF == UNSET_ID:
+        raise CommandError(EINVAL, f"id {value} is not mapped")
+    return mapped

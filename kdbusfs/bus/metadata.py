@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Metadata: who sent this, told by the bus and not by the sender (kdbus.item(7)).
+
+`Facts` are what was found out about a process, in the terms of the domain's own namespaces.
+They are gathered lazily, while the caller is held in its call, and only the kinds that somebody
+wants. Each receiver gets them translated for its own user and PID namespace (`Reference`).
+A kind whose source does not exist stays None and gives no item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..abi.items import build, build_string
+from ..abi.numbers import ATTACH_ALL, AttachFlag, ItemType
+from ..abi.structs import AUDIT, CREDS, PIDS, U32, U64
+
+if TYPE_CHECKING:
+    from .peer import Peer
+
+OVERFLOW_ID = 65534
+"""What an id without a place in the reader's user namespace is shown as."""
+UNSET_ID = 0xFFFFFFFF
+
+_TIMESTAMP = int(AttachFlag.TIMESTAMP)
+_CREDS = int(AttachFlag.CREDS)
+_PIDS = int(AttachFlag.PIDS)
+_AUXGROUPS = int(AttachFlag.AUXGROUPS)
+_NAMES = int(AttachFlag.NAMES)
+_CAPS = int(AttachFlag.CAPS)
+_DESCRIPTION = int(AttachFlag.CONN_DESCRIPTION)
+
+PROCESS = ATTACH_ALL & ~(_TIMESTAMP | _NAMES | _DESCRIPTION)
+"""The kinds that are facts about a process."""
+IMPLICIT = _CREDS | _PIDS | _AUXGROUPS | _NAMES | _DESCRIPTION | _TIMESTAMP
+"""The kinds that a sender can't withhold from the receivers of its messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class UserNamespace:
+    """A user namespace as seen from the domain's, whose own has no parent (user_namespaces(7))."""
+
+    id: int
+    parent: UserNamespace | None = None
+    owner: int = 0
+    """Effective uid of whoever made it."""
+    uids: tuple[tuple[int, int, int], ...] = ()
+    """(first id inside, first id outside, count) ranges; unused where there is no parent."""
+    gids: tuple[tuple[int, int, int], ...] = ()
+
+    def uid(self, uid: int, unmapped: int = OVERFLOW_ID) -> int:
+        """What a uid of the domain is called in here."""
+        return uid if self.parent is None else _inside(self.uids, uid, unmapped)
+
+    def gid(self, gid: int, unmapped: int = OVERFLOW_ID) -> int:
+        return gid if self.parent is None else _inside(self.gids, gid, unmapped)
+
+    def outer_uid(self, uid: int) -> int | None:
+        """What a uid of in here is called in the domain, None if nothing."""
+        return _outside(self.uids, uid) if self.parent is not None else uid
+
+    def outer_gid(self, gid: int) -> int | None:
+        return _outside(self.gids, gid) if self.parent is not None else gid
+
+    def below(self, ancestor: UserNamespace) -> UserNamespace | None:
+        """The namespace directly under *ancestor* on the way down to this one, if there is one."""
+        at: UserNamespace | None = self
+        while at is not None and at.parent is not None:
+            if at.parent.id == ancestor.id:
+                return at
+            at = at.parent
+        return None
+
+
+def _inside(ranges: Iterable[tuple[int, int, int]], outer: int, unmapped: int) -> int:
+    for inside, outside, count in ranges:
+        if outside <= outer < outside + count:
+            return inside + outer - outside
+    return unmapped
+
+
+def _outside(ranges: Iterable[tuple[int, int, int]], inner: int) -> int | None:
+    for inside, outside, count in ranges:
+        if inside <= inner < inside + count:
+            return outside + inner - inside
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class PidNamespace:
+    """A PID namespace: the ids of the ones above it, the domain's first, and its own last."""
+
+    chain: tuple[int, ...]
+
+    @property
+    def level(self) -> int:
+        return len(self.chain) - 1
+
+    @property
+    def id(self) -> int:
+        return self.chain[-1]
+
+    def number(self, numbers: tuple[int, ...], home: PidNamespace) -> int:
+        """What a process of *home*, with *numbers* from the top on, is called in here, or 0."""
+        level = len(self.chain) - 1
+        if level == 0:
+            return numbers[0]
+        if level < len(numbers) and level < len(home.chain) and home.chain[level] == self.id:
+            return numbers[level]
+        return 0
+
+
+class Reference(NamedTuple):
+    """Through whose eyes metadata is told: those of a receiving connection."""
+
+    user_namespace: UserNamespace
+    pid_namespace: PidNamespace
+    root: object
+
+
+class Capabilities(NamedTuple):
+    """capabilities(7) of a thread, as bit masks; *last* is the highest one the kernel knows."""
+
+    last: int
+    inheritable: int
+    permitted: int
+    effective: int
+    bounding: int
+
+
+class Facts:
+    """What is known of a process, and which kinds have been asked for already (*gathered*)."""
+
+    __slots__ = (
+        "gathered",
+        "creds",
+        "pids",
+        "groups",
+        "tid_comm",
+        "pid_comm",
+        "exe",
+        "cmdline",
+        "cgroup",
+        "caps",
+        "seclabel",
+        "audit",
+        "user_namespace",
+        "pid_namespace",
+    )
+
+    def __init__(self) -> None:
+        self.gathered = 0
+        self.creds: tuple[int, ...] | None = None
+        """uid, euid, suid, fsuid, gid, egid, sgid, fsgid; UNSET_ID where faked and left out."""
+        self.pids: tuple[tuple[int, ...], ...] | None = None
+        """Numbers of process, thread and parent in each PID namespace from the domain's down."""
+        self.groups: tuple[int, ...] | None = None
+        self.tid_comm: bytes | None = None
+        self.pid_comm: bytes | None = None
+        self.exe: bytes | None = None
+        self.cmdline: bytes | None = None
+        self.cgroup: bytes | None = None
+        self.caps: Capabilities | None = None
+        self.seclabel: bytes | None = None
+        self.audit: tuple[int, int] | None = None
+        """Session id and login uid."""
+        self.user_namespace: UserNamespace | None = None
+        self.pid_namespace: PidNamespace | None = None
+
+    def visible(self, reference: Reference) -> bool:
+        """Whether the reader could find this process in its own /proc."""
+        pids, home = self.pids, self.pid_namespace
+        if reference.pid_namespace.level == 0:
+            return True
+        return pids is not None and home is not None and (
+            reference.pid_namespace.number(pids[1], home) != 0
+        )
+
+    def items(self, kinds: int, reference: Reference, caller: Peer) -> list[bytes]:
+        """The items of these *kinds* for the reader, in the order kdbus has them. EXE is told
+        only if *caller*, who makes the bus tell, has the reader's root directory."""
+        found: list[bytes] = []
+        users = reference.user_namespace
+        if kinds & _CREDS and self.creds is not None:
+            found.append(build(ItemType.CREDS, _creds(self.creds, users)))
+        if kinds & _PIDS and self.pids is not None:
+            home = self.pid_namespace or reference.pid_namespace
+            number = reference.pid_namespace.number
+            found.append(build(ItemType.PIDS, PIDS.pack(*(number(p, home) for p in self.pids))))
+        if kinds & _AUXGROUPS and self.groups is not None:
+            groups = b"".join(U64.pack(users.gid(g)) for g in self.groups)
+            found.append(build(ItemType.AUXGROUPS, groups))
+        if not kinds & ~(_CREDS | _PIDS | _AUXGROUPS):
+            return found
+        exe = self.exe
+        if kinds & AttachFlag.EXE and exe is not None and caller.root() != reference.root:
+            exe = None
+        for flag, type_, text in (
+            (AttachFlag.TID_COMM, ItemType.TID_COMM, self.tid_comm),
+            (AttachFlag.PID_COMM, ItemType.PID_COMM, self.pid_comm),
+            (AttachFlag.EXE, ItemType.EXE, exe),
+            (AttachFlag.CMDLINE, ItemType.CMDLINE, self.cmdline),
+            (AttachFlag.CGROUP, ItemType.CGROUP, self.cgroup),
+        ):
+            if kinds & flag and text is not None:
+                found.append(build_string(type_, text))
+        if kinds & _CAPS and self.caps is not None:
+            found.append(build(ItemType.CAPS, self._caps(self.caps, users)))
+        if kinds & AttachFlag.SECLABEL and self.seclabel is not None:
+            found.append(build_string(ItemType.SECLABEL, self.seclabel))
+        if kinds & AttachFlag.AUDIT and self.audit is not None:
+            session, login = self.audit
+            login = login if login == UNSET_ID else users.uid(login, UNSET_ID)
+            found.append(build(ItemType.AUDIT, AUDIT.pack(session, login)))
+        return found
+
+    def _caps(self, caps: Capabilities, users: UserNamespace) -> bytes:
+        own = self.user_namespace or users
+        sets = caps[1:]
+        if own.id != users.id:
+            below = users.below(own)
+            full = (1 << (caps.last + 1)) - 1
+            if below is None:
+                sets = (0, 0, 0, 0)
+            elif self.creds is not None and below.owner == self.creds[1]:
+                # The maker of a user namespace has every capability in it (user_namespaces(7)).
+                sets = (0, full, full, full)
+        return U32.pack(caps.last) + b"".join(U64.pack(mask) for mask in sets)
+
+
+def _creds(ids: tuple[int, ...], users: UserNamespace) -> bytes:
+    if users.parent is None:
+        return CREDS.pack(*ids)
+    uids = (i if i == UNSET_ID else users.uid(i) for i in ids[:4])
+    gids = (i if i == UNSET_ID else users.gid(i) for i in ids[4:])
+    return CREDS.pack(*uids, *gids)
+
+
+def join(items: list[bytes]) -> tuple[bytes, int]:
+    """The *items* in one piece, and its length without the padding of the last one."""
+    if not items:
+        return b"", 0
+    chain = b"".join(items)
+    last = items[-1]
+    return chain, len(chain) - (len(last) - U64.unpack_from(last)[0])

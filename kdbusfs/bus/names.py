@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The name registry of a bus (kdbus.name(7)): who owns which well-known name, who waits for it.
+
+An entry exists while it has an activator or somebody in its queue. The *primary* is the head of
+the queue; the *owner* is the primary, or else the activator. What an operation did to a name's
+ownership is returned as a `NameChange`: the registry does not know who must be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import E2BIG, EADDRINUSE, EEXIST, ESRCH
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..abi.errors import CommandError
+from ..abi.numbers import ItemType, Limit, NameFlag
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+_REPLACE_EXISTING = int(NameFlag.REPLACE_EXISTING)
+_ALLOW_REPLACEMENT = int(NameFlag.ALLOW_REPLACEMENT)
+_QUEUE = int(NameFlag.QUEUE)
+_IN_QUEUE = int(NameFlag.IN_QUEUE)
+_ACTIVATOR = int(NameFlag.ACTIVATOR)
+_PRIMARY = int(NameFlag.PRIMARY)
+_ACQUIRED = int(NameFlag.ACQUIRED)
+
+
+class Owner:
+    """A connection's record at a name: owner, queued, or activator; *flags* are NameFlag bits."""
+
+    __slots__ = ("connection", "entry", "flags")
+
+    def __init__(self, connection: Connection, entry: NameEntry, flags: int) -> None:
+        self.connection = connection
+        self.entry = entry
+        self.flags = flags
+
+
+class NameEntry:
+    """A name that exists. Its identity is what messages addressed to it remember: a name that
+    went away and came back is another entry."""
+
+    __slots__ = ("name", "activator", "queue")
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self.activator: Owner | None = None
+        self.queue: list[Owner] = []
+
+    @property
+    def owner(self) -> Owner | None:
+        return self.queue[0] if self.queue else self.activator
+
+
+class NameChange(NamedTuple):
+    """A name got an owner, lost it, or passed on; ids are 0 where there is none."""
+
+    type: ItemType
+    name: bytes
+    old_id: int
+    old_flags: int
+    new_id: int
+    new_flags: int
+
+
+class Acquired(NamedTuple):
+    """What NAME_ACQUIRE comes to. *return_flags* are to be stored even with an *error*."""
+
+    return_flags: int
+    change: NameChange | None
+    error: int = 0
+
+
+Migrate = Callable[[NameEntry, "Connection", "Connection"], None]
+"""Move what waits for a name from its old owner to the new one."""
+
+
+class NameRegistry:
+    """All names of a bus. *migrate* is called where messages follow a name (between an activator
+    and an implementer, either way)."""
+
+    __slots__ = ("entries", "_migrate")
+
+    def __init__(self, migrate: Migrate) -> None:
+        self.entries: dict[bytes, NameEntry] = {}
+        self._migrate = migrate
+
+    def owner_of(self, name: bytes) -> Connection | None:
+        """The connection that owns *name*, activators included."""
+        entry = self.entries.get(name)
+        if entry is None or entry.owner is None:
+            return None
+        return entry.owner.connection
+
+    def activate(self, connection: Connection, name: bytes) -> NameChange | None:
+        """Make *connection* the activator of *name*; EEXIST if it has one."""
+        entry = self.entries.get(name)
+        if entry is not None and entry.activator is not None:
+            raise CommandError(EEXIST, f"{name.decode()} has an activator")
+        if entry is None:
+            entry = self.entries[name] = NameEntry(name)
+        owner = entry.activator = Owner(connection, entry, _ACTIVATOR)
+        connection.names[name] = owner
+        if entry.queue:
+            owner.flags |= _IN_QUEUE
+            return None
+        owner.flags |= _PRIMARY
+        return NameChange(ItemType.NAME_ADD, name, 0, 0, connection.id, owner.flags)
+
+    def acquire(self, connection: Connection, name: bytes, flags: int) -> Acquired:
+        """NAME_ACQUIRE: own *name*, or queue for it. E2BIG: too many names already."""
+        entry = self.entries.get(name) or NameEntry(name)
+        me = connection.names.get(name)
+        newcomer = me is None
+        if me is None:
+            if len(connection.names) >= Limit.CONNECTION_NAMES:
+                raise CommandError(E2BIG, f"{len(connection.names)} names already")
+            me = Owner(connection, entry, 0)
+        # Nothing below can fail but for a name that is taken, which changes nothing.
+        me.flags = flags & (_ALLOW_REPLACEMENT | _QUEUE)
+        queue = entry.queue
+        change: NameChange | None = None
+        acquired = False
+
+        if not queue:
+            queue.append(me)
+            me.flags |= _PRIMARY
+            acquired = True
+            change = NameChange(ItemType.NAME_ADD, name, 0, 0, connection.id, me.flags)
+            activator = entry.activator
+            if activator is not None:
+                change = change._replace(
+                    type=ItemType.NAME_CHANGE,
+                    old_id=activator.connection.id,
+                    old_flags=activator.flags,
+                )
+                self._migrate(entry, activator.connection, connection)
+                activator.flags = activator.flags & ~_PRIMARY | _IN_QUEUE
+        elif queue[0] is me:
+            me.flags |= _PRIMARY
+        elif flags & _REPLACE_EXISTING and queue[0].flags & _ALLOW_REPLACEMENT:
+            head = queue[0]
+            if not newcomer:
+                queue.remove(me)
+            queue.insert(0, me)
+            me.flags |= _PRIMARY
+            acquired = True
+            change = NameChange(
+                ItemType.NAME_CHANGE,
+                name,
+                head.connection.id,
+                head.flags,
+                connection.id,
+                me.flags,
+            )
+            if head.flags & _QUEUE:
+                head.flags = head.flags & ~_PRIMARY | _IN_QUEUE
+            else:
+                queue.remove(head)
+                del head.connection.names[name]
+        elif flags & _QUEUE:
+            if newcomer:
+                queue.append(me)
+                acquired = True
+            me.flags |= _IN_QUEUE
+        elif not newcomer:
+            queue.remove(me)
+            del connection.names[name]
+            return Acquired(me.flags, None)
+        else:
+            return Acquired(me.flags, None, EEXIST)
+
+        if newcomer:
+            self.entries[name] = entry
+            connection.names[name] = me
+        return Acquired(me.flags | (_ACQUIRED if acquired else 0), change)
+
+    def release(self, connection: Connection, name: bytes) -> NameChange | None:
+        """NAME_RELEASE, or disconnect. ESRCH: no such name; EADDRINUSE: it is somebody else's."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CommandError(ESRCH, "no such name")
+        me = connection.names.get(name)
+        if me is None:
+            raise CommandError(EADDRINUSE, "the name is not yours")
+        was_owner = entry.owner is me
+        del connection.names[name]
+        if entry.activator is me:
+            entry.activator = None
+        else:
+            entry.queue.remove(me)
+        if entry.owner is None:
+            del self.entries[name]
+        if not was_owner:
+            return None
+        heir = entry.owner
+        if heir is None:
+            return NameChange(ItemType.NAME_REMOVE, name, connection.id, me.flags, 0, 0)
+        if heir is entry.activator:
+            self._migrate(entry, connection, heir.connection)
+        heir.flags = heir.flags & ~_IN_QUEUE | _PRIMARY
+        return NameChange(
+            ItemType.NAME_CHANGE,
+            name,
+            connection.id,
+            me.flags,
+            heir.connection.id,
+            heir.flags,
+        )
+
+    def check(self) -> None:
+        """Assert what must hold between any two calls."""
+        for name, entry in self.entries.items():
+            assert entry.name == name and entry.owner is not None
+            records = entry.queue + ([entry.activator] if entry.activator else [])
+            for owner in records:
+                assert owner.entry is entry and owner.connection.names[name] is owner
+                assert owner.connection.alive
+                assert bool(owner.flags & _PRIMARY) == (owner is entry.owner), name
+                assert bool(owner.flags & _IN_QUEUE) == (owner is not entry.owner), name
+                assert bool(owner.flags & _ACTIVATOR) == (owner is entry.activator), name

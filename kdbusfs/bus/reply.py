@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Requests that wait for a reply.
+
+A message with EXPECT_REPLY makes a *tracker*. It hangs on the requester and names the one
+connection that may answer. It ends exactly once: by a reply (even one that then fails), its
+deadline, the death of either side, or the target dropping the request. A requester is held to
+128 trackers; one counts until it is off the list *and* its request has left the target's
+queue, so that timed-out requests nobody has read still count.
+
+A synchronous call waits on its tracker. If a signal interrupts it, the tracker is suspended:
+the same call again resumes it, and what ended the wait in the meantime is kept until then, or
+until the deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import EMLINK
+from typing import TYPE_CHECKING
+
+from ..abi.errors import CommandError
+from ..abi.numbers import Limit
+from .call import Call
+
+if TYPE_CHECKING:
+    from .connection import Connection, QueueEntry
+    from .names import NameEntry
+
+_REQUESTS = int(Limit.CONNECTION_REQUESTS)
+
+
+class Reply:
+    """A tracker: *target* owes *requester* an answer to *cookie* until *deadline* (CLOCK_MONOTONIC ns)."""
+
+    __slots__ = (
+        "requester",
+        "target",
+        "cookie",
+        "name",
+        "deadline",
+        "sync",
+        "call",
+        "listed",
+        "queued",
+        "suspended",
+        "answer",
+        "error",
+        "unwatch",
+    )
+
+    def __init__(
+        self,
+        requester: Connection,
+        target: Connection,
+        cookie: int,
+        name: NameEntry | None,
+        deadline: int,
+        call: Call | None,
+    ) -> None:
+        if requester.n_requests >= _REQUESTS:
+            raise CommandError(EMLINK, f"{requester.n_requests} requests pending")
+        self.requester = requester
+        self.target = target
+        self.cookie = cookie
+        self.name = name
+        """The name entry the request was addressed to; it follows that name (message migration)."""
+        self.deadline = deadline
+        self.sync = call is not None
+        self.call = call
+        """The call that waits, None while it is suspended or for an asynchronous request."""
+        self.listed = True
+        self.queued = False
+        """Whether the request still waits in the target's queue."""
+        self.suspended = False
+        self.answer: QueueEntry | None = None
+        """The reply that came while suspended."""
+        self.error = 0
+        """What ended the wait while suspended."""
+        self.unwatch: Callable[[], None] | None = None
+        """Ends the watch on the cancel descriptor."""
+        requester.n_requests += 1
+        requester.requests.append(self)
+        target.owed[self] = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether its deadline still means something."""
+        return self.listed or self.suspended
+
+    def unlist(self) -> None:
+        """Take it off the requester's list: nobody may answer any more."""
+        if self.listed:
+            self.listed = False
+            self.requester.requests.remove(self)
+            del self.target.owed[self]
+            if not self.queued:
+                self.requester.n_requests -= 1
+            self._ended()
+
+    def resume(self) -> None:
+        """Take it out of the requester's suspended ones."""
+        if self.suspended:
+            self.suspended = False
+            del self.requester.suspended[self.cookie]
+            self._ended()
+
+    def unqueue(self) -> None:
+        """The request has left the target's queue."""
+        if self.queued:
+            self.queued = False
+            if not self.listed:
+                self.requester.n_requests -= 1
+
+    def _ended(self) -> None:
+        if not self.listed and not self.suspended:
+            self.requester.bus.domain.unwatch_deadline()
+
+    def retarget(self, target: Connection) -> None:
+        """From now on *target* is to answer."""
+        del self.target.owed[self]
+        self.target = target
+        target.owed[self] = None
