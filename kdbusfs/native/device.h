@@ -1,0 +1,5 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Waiting for the next request on /dev/fuse.
+ */
+int64_t kdbusfs_next(int device, int events, void *buffer, uint64_t size, int64_t timeout_ns, int64_t spin_ns);

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Our mapping of a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from errno import ENOMEM
+from typing import Any
+
+from ..abi.errors import CommandError
+from ..abi.items import Buffer
+from ..native import ffi, lib
+
+
+class PoolMemory:
+    """*size* bytes that are the file *fd*, or private ones without. The real `bus.peer.Memory`.
+
+    *on_publish* pushes a range to the client where it does not see ours; *on_seal* is called when
+    the pool's size is final. The pages come into being as they are touched.
+    """
+
+    __slots__ = ("_on_publish", "_on_seal", "_view", "pointer", "size")
+
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        on_publish: Callable[[int, Buffer], None] | None = None,
+        on_seal: Callable[[], None] | None = None,
+    ) -> None:
+        pointer = lib.kdbusfs_map(fd, size)
+        if pointer == ffi.NULL:
+            raise CommandError(ENOMEM, f"no memory for a pool of {size} bytes")
+        self.pointer: Any = ffi.cast("char *", pointer)
+        self.size = size
+        self._view = memoryview(ffi.buffer(self.pointer, size))
+        self._on_publish = on_publish
+        self._on_seal = on_seal
+
+    def write(self, offset: int, data: Buffer) -> None:
+        self._view[offset : offset + len(data)] = data
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self._view[offset : offset + size])
+
+    def publish(self, offset: int, size: int) -> None:
+        if self._on_publish is not None:
+            self._on_publish(offset, self._view[offset : offset + size])
+
+    def seal(self) -> None:
+        if self._on_seal is not None:
+            self._on_seal()
+
+    def close(self) -> None:
+        """The pool is gone; the mapping goes with the last reference."""
+        self._on_publish = None
+
+    def __del__(self) -> None:
+        pointer = getattr(self, "pointer", None)
+        if pointer is not None:
+            self._view.release()
+            lib.kdbusfs_unmap(pointer, self.size)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The thread inside a call: the real `bus.peer.Peer`."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Sequence
+from errno import EBADF
+
+from ..abi.errors import CommandError, Fault
+from ..abi.items import Buffer
+from ..abi.numbers import AttachFlag
+from ..bus.metadata import Facts, PidNamespace
+from ..bus.peer import Credentials, Memory
+from ..native import ffi, lib
+from . import procfs
+from .descriptors import FileDescriptor, Watcher
+from .memory import PoolMemory
+from .namespaces import OWN_USER, pid_namespace, user_namespace
+from .procfs import CAP_IPC_OWNER, Status
+
+_STATUS = int(
+    AttachFlag.CREDS | AttachFlag.PIDS | AttachFlag.AUXGROUPS | AttachFlag.CAPS
+)
+"""The kinds of metadata that come from /proc/<tid>/status."""
+
+_scratch = bytearray(1 << 16)
+_scratch_pointer = ffi.from_buffer(_scratch)
+_vm_read = lib.kdbusfs_vm_read
+_vm_read_some = lib.kdbusfs_vm_read_some
+_vm_write = lib.kdbusfs_vm_write
+_vm_fill = lib.kdbusfs_vm_fill
+_from_buffer = ffi.from_buffer
+
+
+class Process:
+    """A caller, known by its thread id and filesystem ids from the request.
+
+    It is held in its call until that is answered, even if it is killed meanwhile, so the thread
+    id can't come to mean anybody else. One thread of the daemon uses all of these.
+    """
+
+    __slots__ = ("_status", "_watcher", "gid", "tid", "uid")
+
+    def __init__(self, tid: int, uid: int, gid: int, watcher: Watcher) -> None:
+        self.tid = tid
+        self.uid = uid
+        self.gid = gid
+        self._watcher = watcher
+        self._status: Status | None = None
+
+    # --- memory
+
+    def read(self, address: int, size: int) -> bytes:
+        if size > len(_scratch):
+            data = bytearray(size)
+            if _vm_read(self.tid, address, _from_buffer(data), size) < 0:
+                raise Fault
+            return bytes(data)
+        if _vm_read(self.tid, address, _scratch_pointer, size) < 0:
+            raise Fault
+        return bytes(_scratch[:size])
+
+    def read_some(self, address: int, size: int) -> bytes:
+        n = _vm_read_some(self.tid, address, _scratch_pointer, size)
+        if n < 0:
+            raise Fault
+        return bytes(_scratch[:n])
+
+    def write(self, address: int, data: Buffer) -> None:
+        if _vm_write(self.tid, address, _from_buffer(data), len(data)) < 0:
+            raise Fault
+
+    def fill(self, memory: Memory, offset: int, segments: Sequence[tuple[int, int]]) -> None:
+        assert isinstance(memory, PoolMemory)
+        to = memory.pointer + offset
+        if len(segments) == 1 and segments[0][0]:
+            address, size = segments[0]
+            if _vm_read(self.tid, address, to, size) < 0:
+                raise Fault
+            return
+        pairs = array("Q", [n for segment in segments for n in segment])
+        if _vm_fill(self.tid, to, _from_buffer("uint64_t[]", pairs), len(segments)) < 0:
+            raise Fault
+
+    # --- identity
+
+    @property
+    def status(self) -> Status:
+        if self._status is None:
+            self._status = Status(self.tid)
+        return self._status
+
+    def credentials(self) -> Credentials:
+        status = self.status
+        if not status:
+            # It is held in a call of ours, so this is a mount that hides processes from us.
+            raise CommandError(EBADF, f"no /proc/{self.tid}")
+        users = user_namespace(self.tid)
+        uids, gids = status.uids(), status.gids()
+        return Credentials(
+            uids[0],
+            uids[1],
+            gids[0],
+            gids[1],
+            frozenset(status.groups()),
+            users is OWN_USER and status.has_capability(CAP_IPC_OWNER),
+            users,
+        )
+
+    def pid_namespace(self) -> PidNamespace:
+        return pid_namespace(self.tid)
+
+    def root(self) -> object:
+        """Mount and directory that `/` is for it."""
+        try:
+            fd = os.open(f"/proc/{self.tid}/root", os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            st = os.fstat(fd)
+            with open(f"/proc/self/fdinfo/{fd}") as file:
+                mount = next(line for line in file if line.startswith("mnt_id"))
+            return mount, st.st_dev, st.st_ino
+        finally:
+            os.close(fd)
+
+    def find_process(self, pid: int) -> tuple[int, ...] | None:
+        level = self.pid_namespace().level
+        if level == 0:
+            return Status(pid).numbers(b"NSpid") or None
+        # Numbers of an inner namespace can only be searched for.
+        chain = self.pid_namespace().chain
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                numbers = Status(int(entry)).numbers(b"NSpid")
+                if len(numbers) > level and numbers[level] == pid:
+                    if pid_namespace(int(entry)).chain[: level + 1] == chain:
+                        return numbers
+        return None
+
+    def gather(self, facts: Facts, kinds: int) -> None:
+        tid = self.tid
+        if kinds & _STATUS:
+            self._gather_status(facts, kinds)
+        if not kinds & ~_STATUS:
+            return
+        pid = self.status.numbers(b"Tgid")[0] if kinds & _OF_PROCESS else tid
+        if kinds & AttachFlag.TID_COMM:
+            facts.tid_comm = procfs.comm(tid)
+        if kinds & AttachFlag.PID_COMM:
+            facts.pid_comm = procfs.comm(pid)
+        if kinds & AttachFlag.EXE:
+            facts.exe = procfs.readlink(pid, "exe")
+        if kinds & AttachFlag.CMDLINE:
+            facts.cmdline = procfs.argv0(pid)
+        if kinds & AttachFlag.CGROUP:
+            facts.cgroup = procfs.cgroup(tid)
+        if kinds & AttachFlag.SECLABEL:
+            facts.seclabel = procfs.security_label(tid)
+        if kinds & AttachFlag.AUDIT:
+            facts.audit = procfs.audit(tid)
+
+    def _gather_status(self, facts: Facts, kinds: int) -> None:
+        status = self.status
+        if kinds & (AttachFlag.CREDS | AttachFlag.CAPS):
+            facts.creds = (*status.uids(), *status.gids())
+        if kinds & AttachFlag.AUXGROUPS:
+            facts.groups = status.groups()
+        if kinds & AttachFlag.PIDS:
+            thread = status.numbers(b"NSpid") or status.numbers(b"Pid")
+            parent = status.numbers(b"PPid")
+            facts.pid_namespace = None
+            if len(thread) > 1:
+                facts.pid_namespace = pid_namespace(self.tid)
+                if parent[0]:
+                    parent = Status(parent[0]).numbers(b"NSpid") or parent
+            group = status.numbers(b"NStgid") or status.numbers(b"Tgid")
+            facts.pids = (group, thread, parent)
+        if kinds & AttachFlag.CAPS:
+            facts.caps = status.capabilities()
+            facts.user_namespace = user_namespace(self.tid)
+
+    # --- descriptors
+
+    def take(self, fd: int) -> FileDescriptor:
+        pidfd = lib.kdbusfs_pidfd_open(self.tid)
+        if pidfd < 0:
+            # Before Linux 6.9 a pidfd is of a process; its threads share the table all but always.
+            pidfd = lib.kdbusfs_pidfd_open_process(self.status.numbers(b"Tgid")[0])
+        try:
+            taken = lib.kdbusfs_pidfd_getfd(pidfd, fd) if pidfd >= 0 else pidfd
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
+        if taken < 0:
+            raise CommandError(EBADF, f"descriptor {fd} is not open")
+        return FileDescriptor(taken, self._watcher)
+
+
+_OF_PROCESS = int(AttachFlag.PID_COMM | AttachFlag.EXE | AttachFlag.CMDLINE)
