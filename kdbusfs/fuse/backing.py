@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How a client comes to see its pool: the two kinds, and which one the kernel can do.
+
+*passthrough* (Linux 6.9 and later): each open of an endpoint has a memfd that is registered as
+its backing file; mmap goes there, and what we write is seen at once.
+
+*cache*: the pool is private memory of ours, and each slice is pushed into the page cache of the
+open's inode (FUSE_NOTIFY_STORE) when its offset is told; pages that were never pushed, or were
+dropped since, are asked for with FUSE_READ.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from errno import ENOMEM
+from typing import Protocol
+
+from ..abi.errors import CommandError
+from ..abi.items import Buffer
+from ..peer.memory import PoolMemory
+from . import wire
+
+_F_SEAL_FUTURE_WRITE = 0x10
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | _F_SEAL_FUTURE_WRITE
+
+
+class Backing(Protocol):
+    """The pool side of one open endpoint."""
+
+    open_flags: int
+    backing_id: int
+
+    def new_memory(self, size: int) -> PoolMemory:
+        """Memory for a pool of *size* bytes; ENOMEM. May be called again until it is sealed."""
+
+    def close(self) -> None: ...
+
+
+class PassthroughBacking:
+    """A memfd, open until the pool is sealed; the kernel keeps it from then on."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._memfd = os.memfd_create("kdbus-conn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            self.backing_id = wire.backing_open(device, self._memfd)
+        except OSError:
+            os.close(self._memfd)
+            raise
+        # With DIRECT_IO read and write come to us, to be refused, and mmap still goes to the file.
+        self.open_flags = wire.FOPEN_PASSTHROUGH | wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH
+
+    def new_memory(self, size: int) -> PoolMemory:
+        try:
+            os.ftruncate(self._memfd, 0)
+            os.ftruncate(self._memfd, size)
+        except (OSError, OverflowError):
+            raise CommandError(ENOMEM, f"no memory for a pool of {size} bytes") from None
+        return PoolMemory(self._memfd, size, on_seal=self._seal)
+
+    def _seal(self) -> None:
+        fcntl.fcntl(self._memfd, fcntl.F_ADD_SEALS, _SEALS)
+        self._close_memfd()
+
+    def _close_memfd(self) -> None:
+        if self._memfd >= 0:
+            os.close(self._memfd)
+            self._memfd = -1
+
+    def close(self) -> None:
+        wire.backing_close(self._device, self.backing_id)
+        self._close_memfd()
+
+
+class CacheBacking:
+    """Private memory, pushed into the page cache of *nodeid* by *store*."""
+
+    backing_id = 0
+
+    def __init__(
+        self, store: Callable[[int, Buffer], None], set_size: Callable[[int], None], direct_io: bool
+    ) -> None:
+        self._store = store
+        self._set_size = set_size
+        # Where DIRECT_IO does not forbid shared mappings, it lets us refuse read and write.
+        self.open_flags = wire.FOPEN_NOFLUSH | (wire.FOPEN_DIRECT_IO if direct_io else 0)
+
+    def new_memory(self, size: int) -> PoolMemory:
+        if size >= 1 << 47:
+            raise CommandError(ENOMEM, f"no memory for a pool of {size} bytes")
+        memory = PoolMemory(-1, size, self._store)
+        self._set_size(size)
+        # A byte at the very end makes the inode as large as the pool.
+        self._store(size - 1, b"\0")
+        return memory
+
+    def close(self) -> None:
+        self._set_size(0)
+
+
+def can_pass_through(device: int) -> bool:
+    """Whether the kernel takes backing files on this connection, which has been initialised."""
+    memfd = os.memfd_create("kdbusfs-probe", os.MFD_CLOEXEC)
+    try:
+        wire.backing_close(device, wire.backing_open(device, memfd))
+    except OSError:
+        return False
+    finally:
+        os.close(memfd)
+    return True

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The router: one thread reads every request of the mount, in order.
+
+Handle requests are answered right there. Tree requests go over a SOCK_SEQPACKET pair to pyfuse3,
+which takes its end for a FUSE device; a second thread carries its replies to the kernel. Two
+things are mended on that way: INIT, so that what we negotiate ourselves is negotiated and
+pyfuse3's library does not splice, and the inode numbers, because pyfuse3 knows no difference
+between a nodeid and st_ino.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from ..abi.items import Buffer
+from ..bus.domain import Domain
+from ..native import ffi, lib
+from . import wire
+from .backing import CacheBacking, Backing, PassthroughBacking, can_pass_through
+from .handles import Handles
+from .trace import Trace
+from .tree import Tree
+from .wire import IN_HEADER, IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Opcode
+
+log = logging.getLogger(__name__)
+
+_BUFFER_SIZE = 1 << 18
+_MAX_WRITE = 65536
+_MAX_BACKGROUND = 65535
+_PROTOCOL_MINOR = 40
+_SHOWN_MINOR = 13
+"""What pyfuse3's library is shown: from 7.14 on it splices, which a socket can't do."""
+_ENTRY_ATTR = 40
+"""Offset of attr in struct fuse_entry_out."""
+_ATTR_ATTR = 16
+"""Offset of attr in struct fuse_attr_out."""
+_DIRENTPLUS = struct.Struct("=Q")
+_DIRENT = struct.Struct("=QQII")
+_ENTRY_OUT_SIZE = 128
+
+_unpack_header = IN_HEADER.unpack_from
+_IOCTL = int(Opcode.IOCTL)
+_POLL = int(Opcode.POLL)
+_READ = int(Opcode.READ)
+
+
+class Watches:
+    """Descriptors that calls wait for, beside the device (an epoll of its own)."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wakeup, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> Callable[[], None] | None:
+        """A `peer.descriptors.Watcher`. The same file may be watched many times."""
+        copy = os.dup(fd)
+        try:
+            self._epoll.register(copy, select.EPOLLIN)
+        except OSError:
+            os.close(copy)
+            return None
+        self._callbacks[copy] = callback
+
+        def unwatch() -> None:
+            if self._callbacks.pop(copy, None) is not None:
+                self._epoll.unregister(copy)
+                os.close(copy)
+
+        return unwatch
+
+    def wake(self) -> None:
+        """From another thread: let the router look around."""
+        os.eventfd_write(self._wakeup, 1)
+
+    def dispatch(self) -> None:
+        """Call back for everything that is readable."""
+        for fd, _ in self._epoll.poll(0):
+            if fd == self._wakeup:
+                os.eventfd_read(self._wakeup)
+            elif (callback := self._callbacks.get(fd)) is not None:
+                callback()
+
+    def close(self) -> None:
+        self._epoll.close()
+        os.close(self._wakeup)
+
+
+class Router:
+    """Reads requests from *device* until the mount is gone.
+
+    *pool* is `passthrough`, `cache`, or `auto`: whichever the kernel can do best. *tree_socket*
+    is our end of the pair whose other end pyfuse3 has.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        domain: Domain,
+        tree: Tree,
+        tree_socket: socket.socket,
+        *,
+        pool: str,
+        spin_us: int,
+        trace: Trace | None,
+    ) -> None:
+        self._device = device
+        self._domain = domain
+        self._tree = tree
+        self._socket = tree_socket
+        self.pool = pool
+        self._spin_ns = spin_us * 1000
+        self._trace = trace
+        self._watches = Watches()
+        self._handles = Handles(
+            device, domain, tree, self._new_backing, self._watches.watch, trace
+        )
+        self._buffer = bytearray(_BUFFER_SIZE)
+        self._backlog: deque[bytearray] = deque()
+        self._kernel_flags2 = 0
+        self._init_unique = 0
+        self._kernel_minor = 0
+        self._relayed: dict[int, tuple[int, tuple[int, int, int], str]] = {}
+        """Opcode, caller and target of requests pyfuse3 has, by unique."""
+        self._storer = Storer(device)
+        self.initialised = threading.Event()
+
+    # --- the loop
+
+    def run(self) -> None:
+        """Answer requests until the file system is unmounted."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        domain, watches, buffer = self._domain, self._watches, self._buffer
+        device, events, spin = self._device, watches.fileno(), self._spin_ns
+        pointer, size = ffi.from_buffer(buffer), len(buffer)
+        view = memoryview(buffer)
+        next_request, monotonic = lib.kdbusfs_next, time.monotonic_ns
+        try:
+            while True:
+                if self._backlog:
+                    request = self._backlog.popleft()
+                    self._dispatch(memoryview(request), len(request))
+                    continue
+                deadline = domain.next_deadline()
+                timeout = -1 if deadline is None else max(deadline - monotonic(), 0)
+                n = next_request(device, events, pointer, size, timeout, spin)
+                if n > 0:
+                    self._dispatch(view, n)
+                elif n == -errno.ENODEV:
+                    return
+                elif n == 0 or n in (-errno.EINTR, -errno.ENOENT):
+                    watches.dispatch()
+                    domain.expire()
+                else:
+                    raise OSError(-n, os.strerror(-n))
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._handles.close()
+        self._storer.close()
+        self._watches.close()
+
+    def _dispatch(self, request: memoryview, size: int) -> None:
+        try:
+            _, opcode, unique, nodeid, uid, gid, tid, _, _ = _unpack_header(request)
+            ids = (uid, gid, tid)
+            if opcode == _IOCTL:
+                self._handles.ioctl(unique, ids, request)
+            elif opcode == _POLL:
+                self._handles.poll(unique, ids, request)
+            else:
+                self._dispatch_rare(opcode, unique, nodeid, ids, request[:size])
+        except Exception:
+            # A broken invariant is ours alone: the caller gets EIO, the others go on.
+            log.exception("ERROR: request %d failed", opcode)
+            self._write(OUT_HEADER.pack(OUT_HEADER_SIZE, -errno.EIO, unique))
+
+    def _dispatch_rare(
+        self, opcode: int, unique: int, nodeid: int, ids: tuple[int, int, int], request: memoryview
+    ) -> None:
+        handles = self._handles
+        if opcode == Opcode.OPEN:
+            handles.open(unique, nodeid, ids, request)
+        elif opcode == Opcode.RELEASE:
+            handles.release(unique, ids, request)
+        elif opcode == Opcode.INTERRUPT:
+            handles.interrupt(request)
+        elif opcode == _READ:
+            handles.read(unique, ids, request)
+        elif opcode in _REFUSED:
+            handles.refuse(unique, ids, Opcode(opcode).name)
+        else:
+            self._relay(opcode, unique, nodeid, ids, request)
+
+    def _write(self, data: Buffer) -> None:
+        try:
+            os.write(self._device, data)
+        except OSError as error:
+            log.debug("reply not taken: %s", error)
+
+    # --- the tree's part
+
+    def _relay(
+        self, opcode: int, unique: int, nodeid: int, ids: tuple[int, int, int], request: memoryview
+    ) -> None:
+        if opcode == Opcode.INIT:
+            _, self._kernel_minor, _, flags, flags2 = wire.INIT_IN.unpack_from(
+                request, IN_HEADER_SIZE
+            )
+            self._kernel_flags2 = flags2 if flags & wire.FLAG_INIT_EXT else 0
+            self._init_unique = unique
+            struct.pack_into("=I", request, IN_HEADER_SIZE + 4, _SHOWN_MINOR)
+        if opcode not in _UNANSWERED:
+            target = f"nodeid={nodeid}"
+            if self._trace is not None and opcode == Opcode.LOOKUP:
+                target += f" {bytes(request[IN_HEADER_SIZE:-1]).decode(errors='replace')}"
+            self._relayed[unique] = opcode, ids, target
+        elif self._trace is not None:
+            self._trace.line(Opcode(opcode).name, ids, 0, f"nodeid={nodeid}")
+        self._socket.send(request)
+
+    def relay_replies(self) -> None:
+        """Carry pyfuse3's replies to the kernel, until its end of the pair is closed."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        reply = bytearray(1 << 20)
+        view = memoryview(reply)
+        while True:
+            try:
+                size = self._socket.recv_into(reply)
+            except OSError:
+                return
+            if not size:
+                return
+            _, error, unique = OUT_HEADER.unpack_from(reply)
+            opcode, ids, target = self._relayed.pop(unique, (0, (0, 0, 0), ""))
+            data = view[:size]
+            if not error:
+                data = self._mend(opcode, data)
+            self._write(data)
+            if opcode == Opcode.INIT:
+                self._set_up_pools()
+                self.initialised.set()
+            if self._trace is not None and opcode:
+                name = Opcode(opcode).name if opcode in _OPCODES else str(opcode)
+                self._trace.line(name, ids, -error, target)
+
+    def _mend(self, opcode: int, reply: memoryview) -> memoryview:
+        if opcode == Opcode.INIT:
+            return memoryview(self._mended_init(reply))
+        if opcode == Opcode.LOOKUP:
+            self._mend_attr(reply, OUT_HEADER_SIZE + _ENTRY_ATTR)
+        elif opcode in (Opcode.GETATTR, Opcode.SETATTR):
+            self._mend_attr(reply, OUT_HEADER_SIZE + _ATTR_ATTR)
+        elif opcode == Opcode.READDIRPLUS:
+            at = OUT_HEADER_SIZE
+            while at < len(reply):
+                self._mend_attr(reply, at + _ENTRY_ATTR)
+                self._mend_attr(reply, at + _ENTRY_OUT_SIZE)
+                name_length = _DIRENT.unpack_from(reply, at + _ENTRY_OUT_SIZE)[2]
+                at += (_ENTRY_OUT_SIZE + _DIRENT.size + name_length + 7) & ~7
+        return reply
+
+    def _mend_attr(self, reply: memoryview, at: int) -> None:
+        """Where a nodeid stands for an inode number, put the node's number."""
+        (nodeid,) = _DIRENTPLUS.unpack_from(reply, at)
+        node = self._tree.node(nodeid)
+        if node is not None:
+            _DIRENTPLUS.pack_into(reply, at, node.ino)
+
+    def _mended_init(self, reply: memoryview) -> bytes:
+        body = bytes(reply[OUT_HEADER_SIZE:]).ljust(wire.INIT_OUT.size, b"\0")
+        major, _, max_readahead, flags, *_ = wire.INIT_OUT.unpack(body[: wire.INIT_OUT.size])
+        flags2 = self._kernel_flags2 & (wire.FLAG2_PASSTHROUGH | wire.FLAG2_DIRECT_IO_ALLOW_MMAP)
+        flags |= wire.FLAG_MAX_PAGES | wire.FLAG_DO_READDIRPLUS
+        flags |= wire.FLAG_INIT_EXT if flags2 else 0
+        mended = wire.INIT_OUT.pack(
+            major,
+            min(self._kernel_minor, _PROTOCOL_MINOR),
+            max_readahead,
+            flags,
+            _MAX_BACKGROUND,
+            _MAX_BACKGROUND,
+            _MAX_WRITE,
+            1,
+            32,
+            0,
+            flags2,
+            1 if flags2 & wire.FLAG2_PASSTHROUGH else 0,
+            0,
+        )
+        header = OUT_HEADER.unpack_from(reply)
+        return OUT_HEADER.pack(OUT_HEADER_SIZE + len(mended), 0, header[2]) + mended
+
+    # --- pools
+
+    def _set_up_pools(self) -> None:
+        if self.pool == "auto":
+            self.pool = "passthrough" if can_pass_through(self._device) else "cache"
+        log.info("pools by %s", self.pool)
+
+    def _new_backing(self, nodeid: int) -> Backing:
+        if self.pool == "passthrough":
+            return PassthroughBacking(self._device)
+        direct_io = bool(self._kernel_flags2 & wire.FLAG2_DIRECT_IO_ALLOW_MMAP)
+        return CacheBacking(
+            lambda offset, data: self._store(nodeid, offset, data),
+            lambda size: self._tree.set_size(nodeid, size),
+            direct_io,
+        )
+
+    def _store(self, nodeid: int, offset: int, data: Buffer) -> None:
+        """Push *data* into the page cache of *nodeid*.
+
+        That waits for pages which a client is just faulting in, and the answer to such a fault
+        is ours to give. So another thread does the push, while this one answers page faults;
+        whatever else comes in meanwhile is kept for later, in order.
+        """
+        if threading.current_thread() is not self.thread:
+            self._storer.store(nodeid, offset, data)
+            return
+        done = self._storer.submit(nodeid, offset, data)
+        buffer = bytearray(_BUFFER_SIZE)
+        while not self._storer.is_done():
+            n = lib.kdbusfs_next(self._device, done, ffi.from_buffer(buffer), len(buffer), -1, 0)
+            if n <= 0:
+                if n == -errno.ENODEV:
+                    return
+                continue
+            if _unpack_header(buffer)[1] == _READ:
+                self._dispatch(memoryview(buffer), n)
+            else:
+                self._backlog.append(buffer[:n])
+
+    thread: threading.Thread
+    """The thread that runs `run`."""
+
+
+class Storer:
+    """A thread that pushes data into page caches (FUSE_NOTIFY_STORE)."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._work = threading.Semaphore(0)
+        self._job: tuple[int, int, Buffer] | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, nodeid: int, offset: int, data: Buffer) -> int:
+        """Start one push; the descriptor that is returned gets readable when it is done."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="kdbusfs-storer", daemon=True)
+            self._thread.start()
+        self._job = nodeid, offset, data
+        self._work.release()
+        return self._done
+
+    def is_done(self) -> bool:
+        try:
+            return os.eventfd_read(self._done) > 0
+        except BlockingIOError:
+            return False
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while True:
+            self._work.acquire()
+            if self._job is None:
+                return
+            job, self._job = self._job, None
+            self.store(*job)
+            os.eventfd_write(self._done, 1)
+
+    def store(self, nodeid: int, offset: int, data: Buffer) -> None:
+        """Push right here."""
+        size = wire.NOTIFY_STORE.size + len(data)
+        header = wire.NOTIFY_STORE.pack(
+            size, wire.NOTIFY_CODE_STORE, 0, nodeid, offset, len(data), 0
+        )
+        try:
+            os.writev(self._device, [header, data])
+        except OSError as error:
+            # ENOENT: the inode is gone, nobody maps it any more.
+            log.debug("slice not pushed: %s", error)
+
+    def close(self) -> None:
+        self._job = None
+        self._work.release()
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self._done)
+
+
+_REFUSED = frozenset(
+    {
+        Opcode.WRITE,
+        Opcode.FALLOCATE,
+        Opcode.COPY_FILE_RANGE,
+        Opcode.LSEEK,
+        Opcode.FSYNC,
+        Opcode.FLUSH,
+    }
+)
+_UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
+_OPCODES = frozenset(int(o) for o in Opcode)

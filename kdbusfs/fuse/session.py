@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One mount being served: the router's threads, and pyfuse3 under trio."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pyfuse3
+import trio
+
+from ..bus.domain import Domain
+from ..peer.namespaces import OWN_USER
+from .router import Router
+from .trace import Trace
+from .tree import Tree
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SPIN_US = 50
+"""How long the router polls before it sleeps, where there is more than one CPU."""
+
+
+class _Clock:
+    """The system's clocks."""
+
+    monotonic_ns = staticmethod(time.monotonic_ns)
+    realtime_ns = staticmethod(time.time_ns)
+
+
+class Session:
+    """Serves the mount behind *device* (an open /dev/fuse that has been mounted).
+
+    *pool* is `auto`, `passthrough` or `cache`; *trace* logs each request; *spin_us* None means
+    `DEFAULT_SPIN_US` on several CPUs, else none.
+    """
+
+    def __init__(
+        self, device: int, *, pool: str = "auto", trace: bool = False, spin_us: int | None = None
+    ) -> None:
+        os.set_blocking(device, False)
+        if spin_us is None:
+            spin_us = DEFAULT_SPIN_US if len(os.sched_getaffinity(0)) > 1 else 0
+        domain = Domain(_Clock(), OWN_USER)
+        self._tree = Tree(domain.root)
+        ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._router = Router(
+            device,
+            domain,
+            self._tree,
+            ours,
+            pool=pool,
+            spin_us=spin_us,
+            trace=Trace() if trace else None,
+        )
+        self._ended = trio.Event()
+
+    def start(self) -> None:
+        """Start to answer requests."""
+        # Objects of the bus are freed by their counts; the collector need not look so often.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 50)
+        sys.setswitchinterval(0.0005)
+        router = self._router
+        router.thread = threading.Thread(target=self._route, name="kdbusfs-router", daemon=True)
+        threading.Thread(target=router.relay_replies, name="kdbusfs-relay", daemon=True).start()
+        # From here on the descriptor is pyfuse3's, which closes it.
+        pyfuse3.init(self._tree, f"/dev/fd/{self._theirs.detach()}", {"fsname=kdbusfs"})
+
+    def _route(self) -> None:
+        try:
+            self._router.run()
+        except Exception:
+            log.exception("ERROR: the router ended")
+        finally:
+            trio.from_thread.run_sync(self._ended.set, trio_token=self._token)
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Run until the mount is gone; call *ready* once it answers."""
+        self._token = trio.lowlevel.current_trio_token()
+        self._router.thread.start()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pyfuse3.main)
+            while not self._router.initialised.is_set() and not self._ended.is_set():
+                await trio.sleep(0.001)
+            if not self._ended.is_set():
+                ready()
+            await self._ended.wait()
+            nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        """Give up what `start` took; the mount is gone by now."""
+        pyfuse3.close(unmount=False)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""-d: each request and its answer as one line, in words."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING
+
+from ..abi.errors import CommandError
+from ..abi.numbers import (
+    Command,
+    ExtensionCommand,
+    HelloFlag,
+    ListFlag,
+    MakeFlag,
+    MatchFlag,
+    NameFlag,
+    RecvFlag,
+    SendFlag,
+)
+from ..abi.structs import U64
+
+if TYPE_CHECKING:
+    from .handles import FuseCall
+
+log = logging.getLogger("kdbusfs.trace")
+
+_FLAGS = {
+    Command.BUS_MAKE: MakeFlag,
+    Command.ENDPOINT_MAKE: MakeFlag,
+    Command.HELLO: HelloFlag,
+    Command.LIST: ListFlag,
+    Command.SEND: SendFlag,
+    Command.RECV: RecvFlag,
+    Command.NAME_ACQUIRE: NameFlag,
+    Command.MATCH_ADD: MatchFlag,
+    ExtensionCommand.SEND: SendFlag,
+    ExtensionCommand.RECV: RecvFlag,
+}
+
+
+def errno_name(error: int) -> str:
+    """`0`, or the name of an errno."""
+    return errno.errorcode.get(error, str(error)) if error else "0"
+
+
+class Trace:
+    """Writes the lines, to the log."""
+
+    def line(
+        self,
+        name: str,
+        ids: tuple[int, int, int],
+        error: int,
+        text: str = "",
+        why: CommandError | None = None,
+    ) -> None:
+        """One request: who asked (uid, gid, tid), for what, and what came of it."""
+        uid, _, tid = ids
+        reason = f" ({why.why})" if why is not None and why.why else ""
+        log.debug("%s tid=%d uid=%d %s = %s%s", name, tid, uid, text, errno_name(error), reason)
+
+    def call(self, call: FuseCall, error: int, why: CommandError | None = None) -> None:
+        """One command."""
+        words = [f"fh={call.file.fh}"]
+        connection = call.file.handle.connection
+        if connection is not None:
+            words.append(f"id={connection.id}")
+        family = _FLAGS.get(call.code)
+        if call.negotiating:
+            words.append("flags=NEGOTIATE")
+        elif call.flags and family is not None:
+            words.append(f"flags={family(call.flags).name or hex(call.flags)}")
+        if call.read and not error:
+            (returned,) = U64.unpack_from(call.data, 16)
+            if returned:
+                words.append(f"return_flags={returned:#x}")
+        peer = call.peer
+        self.line(call.form.name, (peer.uid, peer.gid, peer.tid), error, " ".join(words), why)
