@@ -10,9 +10,10 @@
 
 set -eu
 
-here=$(cd "$(dirname "$0")" && pwd)
-build=${BUILD:-$here/../build/examples}
-bin=$here/../.venv/bin
+root=$(cd "$(dirname "$0")/.." && pwd)
+here=$root/examples
+build=${BUILD:-$root/build/examples}
+bin=$root/.venv/bin
 name=org.example.receiver
 LIMIT=20s
 
