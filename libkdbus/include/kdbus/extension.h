@@ -37,7 +37,9 @@ struct kdbusfs_cmd_fd_socket {
  * The data of a packet on that socket; the descriptors are its SCM_RIGHTS:
  * those of the message's KDBUS_ITEM_FDS in order, then one for each of its
  * KDBUS_ITEM_PAYLOAD_MEMFD in item order. Their numbers in the slice are -1.
- * The packet is there before the ioctl returns, and only if there are any.
+ * A connection without KDBUS_HELLO_ACCEPT_FD (only a monitor gets messages with
+ * descriptors then) gets the memfds alone. The packet is there before the ioctl
+ * returns, and only if there are any.
  */
 struct kdbusfs_fd_packet {
 	__u64 offset;			/* of the slice that they belong to */
