@@ -1,0 +1,109 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+
+/*
+ * Threads held in a call of ours, and what only ptrace(2) can do to them
+ *
+ * A thread waits in a system call that this process will answer by writing
+ * @reply to @device: an ioctl(2) on a FUSE mount, whose answer is a struct
+ * fuse_out_header and what follows it. The functions below stop the thread on
+ * its way out of that call, so that something can be done to it which no FUSE
+ * reply can say.
+ *
+ * Who writes the reply: a negative return means that it was not written and
+ * that the thread still waits, so the caller must answer it. With 0 it was.
+ * Written exactly once, in both cases.
+ *
+ * Any thread may call. ptrace(2) ties a traced thread to one tracing thread, so
+ * every call runs in a short-lived thread of its own, and the caller waits for
+ * it, @timeout_ns (of CLOCK_MONOTONIC) at most. A thread that does not come out
+ * in time (its cgroup is frozen by the v1 freezer, its memory is on a dead
+ * network file system) is let go, or finished later if it already runs our
+ * calls; no more than 64 are so under way at a time.
+ *
+ * The process must not wait for just any child (waitpid(-1, ...)), since that
+ * takes the stops of traced threads away; its SIGCHLD disposition does not
+ * matter. The signal SIGRTMAX is used between threads of this process.
+ *
+ * Errors of all functions, none of them with the reply written:
+ *   -EPERM      ptrace is refused: the thread is traced already (strace, gdb), is
+ *               a thread of this process, or we lack CAP_SYS_PTRACE; or a
+ *               seccomp filter is on it, which we lack CAP_SYS_ADMIN to suspend
+ *   -ESRCH      no such thread, or it is being killed
+ *   -ETIMEDOUT  could not be attached to in time (another thread of it execs)
+ *   -EAGAIN     too many under way, or no thread to be had
+ *   -EINVAL, -ENOMEM
+ *   -ENOSYS     not on this architecture
+ *   any error of write(2) to @device, -EIO for a short one
+ */
+
+/*
+ * struct kdbusfs_install - a thread that is being given descriptors
+ * @tracer:       private
+ * @n_installed:  how many of the numbers are not -1
+ * @held:         1: the thread is stopped, until kdbusfs_install_end();
+ *                0: it died, or did not stop in time and runs on
+ */
+struct kdbusfs_install {
+	void *tracer;
+	uint32_t n_installed;
+	int32_t held;
+};
+
+/*
+ * kdbusfs_install_begin() - put descriptors into the table of a waiting thread
+ * @install:     filled in, even on errors
+ * @device:      where to write @reply
+ * @tid:         thread, as seen from our PID namespace
+ * @fds:         descriptors of ours, which stay ours; -1 stands for one that is lost
+ * @n_fds:       up to 512
+ * @numbers:     n_fds numbers: the same file in the thread's table, close-on-exec,
+ *               or -1 where that was impossible
+ *
+ * Writes the reply, stops the thread on its way back to user mode, and makes it
+ * receive the descriptors. It does so in whichever namespaces it lives, and under
+ * whichever seccomp filter. Its registers, memory, signal mask and pending signals
+ * are as before. Descriptors are installed in order until RLIMIT_NOFILE is reached,
+ * just as if the kernel did it; a 32-bit thread gets none.
+ *
+ * The thread is then still stopped, so that its numbers can be told to it in its
+ * memory (process_vm_writev(2)). Call kdbusfs_install_end() soon.
+ *
+ * Return: 0 with the reply written and the numbers filled in, else negative with
+ *         the reply not written and all numbers -1
+ */
+int32_t kdbusfs_install_begin(struct kdbusfs_install *install,
+			      int32_t device,
+			      const void *reply,
+			      uint64_t reply_size,
+			      int32_t tid,
+			      const int32_t *fds,
+			      uint32_t n_fds,
+			      int32_t *numbers,
+			      uint64_t timeout_ns);
+
+/*
+ * kdbusfs_install_end() - let the thread go
+ * @install:     from kdbusfs_install_begin(), whatever that returned; may be
+ *               ended more than once
+ */
+void kdbusfs_install_end(struct kdbusfs_install *install);
+
+/*
+ * kdbusfs_interrupt() - end a call as the kernel ends one with ERESTARTSYS
+ * @device:      where to write @reply
+ * @reply:       makes the call of the thread fail with EINTR
+ * @tid:         thread, which has a signal pending
+ *
+ * If a handler with SA_RESTART runs, or none at all, the thread makes the same call
+ * again. If a handler without SA_RESTART runs, its call fails with EINTR.
+ *
+ * A reply that was written but did not end in a stop in time leaves plain EINTR.
+ * aarch64 decides about restarts before a tracer sees the thread: -ENOSYS.
+ *
+ * Return: 0 with the reply written, else negative with the reply not written
+ */
+int32_t kdbusfs_interrupt(int32_t device,
+			  const void *reply,
+			  uint64_t reply_size,
+			  int32_t tid,
+			  uint64_t timeout_ns);
