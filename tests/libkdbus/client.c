@@ -205,6 +205,24 @@ static void test_slices_are_freed(void)
 	}
 }
 
+static void test_forward(void)
+{
+	_cleanup_(kdbus_conn_freep) struct kdbus_conn *a = connect_with(0), *b = connect_with(0);
+	_cleanup_(kdbus_message_freep) struct kdbus_message *out = NULL, *in = NULL, *again = NULL;
+	const void *data;
+	size_t size;
+
+	/* what was received is sent on, straight from the pool */
+	send_text(a, kdbus_conn_get_id(b), "pass it on");
+	in = receive(b);
+	out = message_to(kdbus_conn_get_id(a), NULL);
+	assert(kdbus_message_get_part(in, 0, &data, &size) == 0);
+	assert(kdbus_message_append_data(out, data, size) == 0);
+	assert(kdbus_conn_send(b, out) == 0);
+	again = receive(a);
+	check_text(again, "pass it on");
+}
+
 static void test_peek_drop_priority(void)
 {
 	_cleanup_(kdbus_conn_freep) struct kdbus_conn *a = connect_with(0), *b = connect_with(0);
@@ -807,6 +825,7 @@ static const struct {
 	TEST(hello),
 	TEST(unicast),
 	TEST(slices_are_freed),
+	TEST(forward),
 	TEST(peek_drop_priority),
 	TEST(fds),
 	TEST(accept_fd),
