@@ -6,6 +6,7 @@ ioctl's number say nothing about the real flow: every command reads its struct a
 every command writes at least return_flags.
 """
 
+from struct import Struct
 from typing import NamedTuple
 
 from . import structs
@@ -43,7 +44,7 @@ class Form(NamedTuple):
 
 def _form(
     name: str,
-    struct: structs.Struct,
+    struct: Struct,
     flags: int = 0,
     items: dict[int, Accept] | None = None,
     tolerated: int = 0,
@@ -117,7 +118,8 @@ FORMS: dict[int, Form] = {
         structs.CMD,
         NameFlag.REPLACE_EXISTING | NameFlag.ALLOW_REPLACEMENT | NameFlag.QUEUE,
         accept(mandatory=(_I.NAME,)),
-        # Programs of the time hand the flags that came back straight in again (docs/conformance.md).
+        # Programs of the time hand the flags that came back straight in again, see
+        # docs/conformance.md.
         tolerated=NameFlag.PRIMARY | NameFlag.ACQUIRED,
     ),
     Command.NAME_RELEASE: _form("NAME_RELEASE", structs.CMD, 0, accept(mandatory=(_I.NAME,))),

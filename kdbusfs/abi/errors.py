@@ -8,7 +8,7 @@ class CommandError(Exception):
     """A command ends with *errno*, as its man page says; *why* is for the debug log only."""
 
     def __init__(self, errno: int, why: str = "") -> None:
-        super().__init__(errno, why)
+        # No super().__init__: BaseException.__new__ has kept the arguments, and this is a hot path.
         self.errno = errno
         self.why = why
 

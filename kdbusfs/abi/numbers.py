@@ -90,7 +90,7 @@ class ItemType(IntEnum):
 
 
 class AttachFlag(IntFlag):
-    """KDBUS_ATTACH_*: which metadata; bit n stands for item 0x1000+n (KDBUS_ATTACH_NAMES for OWNED_NAME)."""
+    """KDBUS_ATTACH_*: which metadata; bit n stands for item 0x1000+n (NAMES: OWNED_NAME)."""
 
     TIMESTAMP = 1 << 0
     CREDS = 1 << 1
@@ -153,7 +153,7 @@ class RecvFlag(IntFlag):
 
 
 class RecvReturnFlag(IntFlag):
-    """KDBUS_RECV_RETURN_*: INCOMPLETE_FDS comes in msg.return_flags, DROPPED_MSGS in return_flags."""
+    """KDBUS_RECV_RETURN_*: INCOMPLETE_FDS in msg.return_flags, DROPPED_MSGS in return_flags."""
 
     INCOMPLETE_FDS = 1
     DROPPED_MSGS = 2

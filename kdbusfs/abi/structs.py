@@ -29,16 +29,17 @@ CMD_INFO = Struct("=QQQQQQQ")
 CMD_LIST = Struct("=QQQQQ")
 """struct kdbus_cmd_list: size, flags, return_flags, offset, list_size."""
 CMD_SEND = Struct("=QQQQQQQ")
-"""struct kdbus_cmd_send: size, flags, return_flags, msg_address, reply {offset, msg_size, return_flags}."""
+"""struct kdbus_cmd_send: size, flags, return_flags, msg_address, reply (`MSG_INFO`)."""
 CMD_RECV = Struct("=QQQqQQQQ")
-"""struct kdbus_cmd_recv: size, flags, return_flags, priority, dropped_msgs, msg {offset, msg_size, return_flags}."""
+"""struct kdbus_cmd_recv: size, flags, return_flags, priority, dropped_msgs, msg (`MSG_INFO`)."""
 CMD_MATCH = Struct("=QQQQ")
 """struct kdbus_cmd_match: size, flags, return_flags, cookie."""
 CMD_FD_SOCKET = Struct("=QQQiI")
 """struct kdbusfs_cmd_fd_socket: size, flags, return_flags, fd, padding."""
 
 MSG = Struct("=QQqQQQQQ")
-"""struct kdbus_msg: size, flags, priority, dst_id, src_id, payload_type, cookie, timeout_ns or cookie_reply."""
+"""struct kdbus_msg: size, flags, priority, dst_id, src_id, payload_type, cookie, and timeout_ns or
+cookie_reply."""
 MSG_SIZE = 64
 MSG_SRC_ID = 32
 """Offset of src_id in struct kdbus_msg."""

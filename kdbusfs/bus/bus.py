@@ -266,12 +266,12 @@ class Bus:
         """A unicast signal: dropped in silence unless the target wants and may have it."""
         self._copy_to_monitors(message)
         signal = message.signal()
-        if any(match.passes_signal(signal) for match in target.matches):
-            if target.endpoint.may_talk(target, target.opener, message.sender):
-                try:
-                    target.enqueue(message)
-                except CommandError:
-                    pass
+        wanted = any(match.passes_signal(signal) for match in target.matches)
+        if wanted and target.endpoint.may_talk(target, target.opener, message.sender):
+            try:
+                target.enqueue(message)
+            except CommandError:
+                pass
 
     def _unicast(self, message: Message) -> None:
         target = self._pin(message)

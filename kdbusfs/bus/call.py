@@ -14,7 +14,7 @@ from typing import Any
 
 from ..abi.commands import Form
 from ..abi.errors import CommandError, Fault
-from ..abi.items import Item, walk
+from ..abi.items import Buffer, Item, walk
 from ..abi.numbers import FLAG_NEGOTIATE, ItemType, Limit
 from ..abi.structs import U64
 from .peer import Peer
@@ -23,6 +23,8 @@ _MAX_SIZE = int(Limit.COMMAND_SIZE)
 _NEGOTIATE = int(ItemType.NEGOTIATE)
 _unpack_u64 = U64.unpack_from
 _NO_ITEMS: list[Item] = []
+_NO_DATA = bytearray()
+_NO_FLAGS = bytes(8)
 
 
 class Argument:
@@ -34,13 +36,13 @@ class Argument:
         self.form = form
         self.peer = peer
         self.address = address
-        self.data = bytearray()
+        self.data = _NO_DATA
         """The struct and its items, as read once; results are put here, too."""
         self.flags = 0
         self.items: list[Item] = _NO_ITEMS
         self.negotiating = False
 
-    def load(self, brought: bytes | bytearray | memoryview, ahead: int = 0) -> None:
+    def load(self, brought: Buffer, ahead: int = 0) -> None:
         """Fetch all of the argument. *brought* is what came with the request, if anything;
         *ahead* how much to read at once in the hope that it is all."""
         address, form = self.address, self.form
@@ -49,12 +51,12 @@ class Argument:
         if len(brought) >= form.size:
             data = bytearray(brought)
         else:
-            data = bytearray(self.peer.read_some(address, ahead or form.size))
+            data = self.peer.read_some(address, ahead or form.size)
             if len(data) < 8:
                 raise Fault()
         (size,) = _unpack_u64(data, 0)
         if size < form.size:
-            raise CommandError(EINVAL, f"size {size}, {form.name} has {form.size}")
+            raise CommandError(EINVAL, "size is less than the struct's")
         if size > _MAX_SIZE:
             raise CommandError(EMSGSIZE, f"size {size}")
         if size > len(data):
@@ -71,13 +73,13 @@ class Argument:
         (flags,) = _unpack_u64(data, 8)
         if flags & ~(form.flags | form.tolerated):
             if flags & ~(form.flags | form.tolerated | FLAG_NEGOTIATE):
-                raise CommandError(EINVAL, f"flags {flags:#x}, {form.name} has {form.flags:#x}")
+                raise CommandError(EINVAL, "unknown flags")
             self.negotiating = True
         self.flags = flags & form.flags
         if len(data) > form.size:
             self.items = walk(data, form.size, len(data), form.items)
             for item in self.items:
-                if item.type == _NEGOTIATE:
+                if item[0] == _NEGOTIATE:
                     self._negotiate_items(item)
         if self.negotiating:
             U64.pack_into(data, 8, form.flags)
@@ -126,7 +128,14 @@ class Call(Argument):
     __slots__ = ("code", "read", "store", "store_on_error", "complete", "wait", "fds")
 
     def __init__(self, code: int, form: Form, peer: Peer, address: int) -> None:
-        super().__init__(form, peer, address)
+        # Argument's part, said again: a call of super().__init__ would cost as much as it does.
+        self.form = form
+        self.peer = peer
+        self.address = address
+        self.data = _NO_DATA
+        self.flags = 0
+        self.items = _NO_ITEMS
+        self.negotiating = False
         self.code = code
         self.read = False
         """Whether the argument was read in full, so that return_flags is stored from here on."""
@@ -138,6 +147,13 @@ class Call(Argument):
         """The reply this call waits for, while it is PENDING."""
         self.fds: Any = None
         """Descriptors to install in the caller before it returns (message.Delivery), or None."""
+
+    def fetch(self, brought: Buffer) -> None:
+        """Load and judge the argument. Whatever return_flags held, it counts as 0 from here on."""
+        self.load(brought)
+        self.data[16:24] = _NO_FLAGS
+        self.read = True
+        self.judge()
 
     def returns(self, flags: int) -> None:
         """Set return_flags."""

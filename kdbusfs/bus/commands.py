@@ -19,6 +19,7 @@ from errno import (
     EPERM,
     ESRCH,
 )
+from struct import Struct
 from typing import NamedTuple
 
 from ..abi import structs
@@ -41,7 +42,7 @@ from ..abi.numbers import (
     RecvReturnFlag,
     SendFlag,
 )
-from ..abi.structs import I32, I64, INFO, U64, Struct, U64x2, U64x3
+from ..abi.structs import I32, I64, INFO, U64, U64x2, U64x3
 from .call import Argument, Call
 from .connection import (
     ACTIVATOR,
@@ -192,9 +193,9 @@ def name_acquire(connection: Connection, call: Call) -> int:
     if not is_well_known(name):
         raise CommandError(EINVAL, "invalid name")
     endpoint, bus = connection.endpoint, connection.bus
-    if endpoint.custom or not connection.owner:
-        if not endpoint.may_own(connection, call.peer.credentials(), name):
-            raise CommandError(EPERM, f"may not own {name.decode()}")
+    may_all = connection.owner and not endpoint.custom
+    if not may_all and not endpoint.may_own(connection, call.peer.credentials(), name):
+        raise CommandError(EPERM, f"may not own {name.decode()}")
     acquired = bus.names.acquire(connection, name, call.flags)
     call.returns(acquired.return_flags)
     if acquired.error:
@@ -340,8 +341,11 @@ def store_policy(connection: Connection, call: Call) -> None:
 def match_add(connection: Connection, call: Call) -> int:
     """KDBUS_CMD_MATCH_ADD (kdbus.match(7)): take messages that pass all of these rules."""
     bloom_size = connection.bus.bloom_size
-    rules = [_rule(item, call.payload(item), bloom_size) for item in call.items]
-    rules = [rule for rule in rules if rule is not None]
+    rules = [
+        _rule(item, call.payload(item), bloom_size)
+        for item in call.items
+        if item.type != ItemType.NEGOTIATE
+    ]
     cookie = call.u64(24)
     if call.flags & MatchFlag.REPLACE:
         _remove_matches(connection, cookie)
@@ -369,7 +373,7 @@ def _remove_matches(connection: Connection, cookie: int) -> bool:
     return bool(gone)
 
 
-def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule | None:
+def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule:
     type_ = item.type
     if type_ == ItemType.BLOOM_MASK:
         if len(payload) < bloom_size or len(payload) % bloom_size:
@@ -385,11 +389,9 @@ def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule | None:
         return Rule(type_, name=payload[:-1])
     if type_ in (ItemType.ID, ItemType.DST_ID, ItemType.ID_ADD, ItemType.ID_REMOVE):
         return Rule(type_, U64.unpack_from(payload)[0])
-    if type_ in (ItemType.NAME_ADD, ItemType.NAME_REMOVE, ItemType.NAME_CHANGE):
-        old_id, _, new_id, _ = structs.NAME_CHANGE.unpack_from(payload)
-        name = payload[32:-1] if len(payload) > 32 else None
-        return Rule(type_, new_id, old_id, name)
-    return None
+    old_id, _, new_id, _ = structs.NAME_CHANGE.unpack_from(payload)
+    name = payload[32:-1] if len(payload) > 32 else None
+    return Rule(type_, new_id, old_id, name)
 
 
 @command(ExtensionCommand.FD_SOCKET, kinds=_ANY_KIND)

@@ -249,11 +249,12 @@ class Connection:
         """
         entry.name = message.name
         assert message.name is not None
+        content = bytes(image)
         if message.name.activator is not None:
-            image = image + message.payload()
-            image += bytes(-len(image) & 7)
-        entry.copy = bytes(image)
-        return image
+            content += message.payload()
+            content += bytes(-len(content) & 7)
+        entry.copy = content
+        return content
 
     def enqueue(self, message: Deliverable) -> QueueEntry:
         """Stage *message* and queue it."""

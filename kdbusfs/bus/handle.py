@@ -16,7 +16,6 @@ from errno import (
     EEXIST,
     EINVAL,
     EMFILE,
-    ENOTTY,
     EOPNOTSUPP,
     EPERM,
     ESHUTDOWN,
@@ -28,7 +27,7 @@ from ..abi.commands import FORMS
 from ..abi.errors import CommandError
 from ..abi.items import build
 from ..abi.names import is_policy_name
-from ..abi.numbers import ATTACH_ALL, Command, ItemType, Limit
+from ..abi.numbers import Command, ItemType, Limit
 from ..abi.structs import U64, U64x2
 from .bus import Bus
 from .call import Call
@@ -101,9 +100,7 @@ class Handle:
             raise CommandError(ECONNRESET, "disconnected")
         if connection.kind not in row.kinds:
             raise CommandError(EOPNOTSUPP, "not for this kind of connection")
-        call.load(brought)
-        call.read = True
-        call.judge()
+        call.fetch(brought)
         if call.negotiating and call.code not in _NEGOTIATES_MORE:
             return 0
         return row.handler(connection, call)
@@ -129,9 +126,7 @@ class Handle:
             action = self._endpoint_update
         else:
             raise CommandError(EBADFD, f"not on a {state.name.lower()} handle")
-        call.load(brought)
-        call.read = True
-        call.judge()
+        call.fetch(brought)
         if not call.negotiating:
             action(call)
         return 0

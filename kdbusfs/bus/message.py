@@ -28,7 +28,7 @@ from errno import (
 from typing import TYPE_CHECKING, Protocol
 
 from ..abi.errors import CommandError
-from ..abi.items import Item, build, build_string
+from ..abi.items import Buffer, Item, build, build_string
 from ..abi.names import is_well_known
 from ..abi.numbers import ID_ANY, OFFSET_NONE, AttachFlag, ItemType, Limit, MsgFlag, PayloadType
 from ..abi.structs import (
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from .call import Argument
     from .connection import Connection
     from .domain import Clock
-    from .names import NameEntry
     from .names import NameChange as NameChanged
+    from .names import NameEntry
     from .peer import Descriptor
     from .quota import User
 
@@ -76,6 +76,7 @@ _unpack_header = MSG.unpack_from
 _unpack_vec = VEC.unpack_from
 _NO_DESCRIPTORS: list[Descriptor] = []
 _NO_POSITIONS: list[int] = []
+_NO_ITEMS: list[Item] = []
 
 
 class Deliverable(Protocol):
@@ -91,7 +92,7 @@ class Deliverable(Protocol):
     n_payload: int
     """Bytes of its payload area."""
 
-    def image(self, receiver: Connection) -> bytes | bytearray:
+    def image(self, receiver: Connection) -> Buffer:
         """Header, items and metadata for *receiver*, zero-padded to a multiple of 8: what comes
         before the payload area."""
 
@@ -167,7 +168,7 @@ class Message:
         """(address, size) of each part of the payload area; address 0 for filler."""
         self._offsets: list[tuple[int, int]] = []
         """(position of an OFF item's offset, offset of its data in the payload area)."""
-        self._fd_items: list[Item] = []
+        self._fd_items = _NO_ITEMS
         self._facts: Facts | None = None
         self._seqnum = 0
         self._stamp: bytes | None = None
@@ -208,14 +209,14 @@ class Message:
             elif type_ == _FDS:
                 if size // 4 > Limit.MESSAGE_FDS:
                     raise CommandError(EMFILE, f"{size // 4} descriptors")
-                self._fd_items.append(item)
+                self._fd_items = [*self._fd_items, item]
             elif type_ == _BLOOM:
                 self._add_bloom_filter(bytes(template[start:end]))
             elif type_ == _DST_NAME:
                 self._add_dst_name(bytes(template[start : end - 1]))
             else:
                 raise CommandError(EINVAL, "NEGOTIATE in a message that is sent")
-        if bool(self.flags & _SIGNAL) != (self.bloom is not None):
+        if (self.flags & _SIGNAL != 0) != (self.bloom is not None):
             raise CommandError(EBADMSG, "signals, and only they, have a bloom filter")
         if not self.dst_id and self.dst_name is None:
             raise CommandError(EDESTADDRREQ, "no destination")
@@ -223,8 +224,9 @@ class Message:
             raise CommandError(ENOTUNIQ, "descriptors can't be broadcast")
         # The padding of the last item is not part of the message, whether it was given or not.
         self._size = end
-        del template[end:]
-        template += bytes(-end & 7)
+        if end != len(template) or end & 7:
+            del template[end:]
+            template += bytes(-end & 7)
 
     def _add_vec(self, start: int) -> None:
         template = self._template
@@ -253,7 +255,7 @@ class Message:
             raise CommandError(EMSGSIZE, "memfd range overflows")
         if n_memfds > _MEMFDS:
             raise CommandError(E2BIG, f"{n_memfds} memfds")
-        self._fd_items.append(item)
+        self._fd_items = [*self._fd_items, item]
         self._add_filler(size)
 
     def _add_bloom_filter(self, payload: bytes) -> None:
@@ -416,7 +418,7 @@ class Notification:
         self.user = user
         self.fds = _NO_DESCRIPTORS
         self.memfds = _NO_DESCRIPTORS
-        self.name = None
+        self.name: NameEntry | None = None
         self.priority = 0
         self.n_payload = 0
         self.change = change

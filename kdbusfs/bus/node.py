@@ -8,7 +8,7 @@ thread that answers lookups just reads.
 from __future__ import annotations
 
 import stat
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, TypeAlias
 
 from ..abi.numbers import MakeFlag
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .domain import Domain
     from .endpoint import Endpoint
 
-    Subject = Union[Domain, Bus, Endpoint]
+    Subject: TypeAlias = Domain | Bus | Endpoint
 
 
 def access_mode(flags: int, owner: int) -> int:

@@ -87,7 +87,7 @@ class Peer(Protocol):
     def read(self, address: int, size: int) -> bytes:
         """Exactly *size* bytes of the caller's memory; Fault if one can't be read."""
 
-    def read_some(self, address: int, size: int) -> bytes:
+    def read_some(self, address: int, size: int) -> bytearray:
         """Up to *size* bytes, at least one; Fault if the first can't be read."""
 
     def write(self, address: int, data: Buffer) -> None:

@@ -55,7 +55,7 @@ class Pool:
         """Free slices by offset."""
 
     def allocate(self, size: int) -> Slice:
-        """A slice of *size* bytes, rounded up to 8, under the kernel's hold; EXFULL if none fits."""
+        """A slice of *size* bytes, rounded up to 8, under the kernel's hold; EXFULL: none fits."""
         size = (size + 7) & ~7
         free = self._free
         i = bisect_left(free, (size, 0))

@@ -30,7 +30,8 @@ _REQUESTS = int(Limit.CONNECTION_REQUESTS)
 
 
 class Reply:
-    """A tracker: *target* owes *requester* an answer to *cookie* until *deadline* (CLOCK_MONOTONIC ns)."""
+    """A tracker: *target* owes *requester* an answer to *cookie* until *deadline*, which is
+    CLOCK_MONOTONIC in nanoseconds."""
 
     __slots__ = (
         "requester",

@@ -50,7 +50,9 @@ _SOCKET_HEADER = Struct("=QQ")
 """What precedes descriptors on a connection's socket: offset of the slice, how many."""
 _BY_SOCKET = frozenset({ExtensionCommand.RECV, ExtensionCommand.SEND})
 
-_unpack_ioctl = wire.IOCTL_IN.unpack_from
+_unpack_request = wire.IOCTL_REQUEST.unpack_from
+_RETURN_FLAGS_AT = slice(IOCTL_AT + 16, IOCTL_AT + 24)
+_NO_FLAGS = bytes(8)
 _pack_ioctl_out = wire.IOCTL_OUT.pack
 _IOCTL_OUT_SIZE = wire.IOCTL_OUT.size
 
@@ -183,6 +185,8 @@ class Handles:
         file = self._files.pop(fh)
         file.handle.close()
         file.memory = None
+        if file.handle.connection is not None:
+            file.handle.connection.waker = None
         if file.backing is not None:
             self._open_nodeids.discard(file.nodeid)
             file.backing.close()
@@ -196,23 +200,22 @@ class Handles:
 
     # --- ioctl
 
-    def ioctl(
-        self, unique: int, ids: tuple[int, int, int], request: memoryview
-    ) -> None:
-        fh, _, code, address, in_size, _ = _unpack_ioctl(request, IN_HEADER_SIZE)
+    def ioctl(self, request: memoryview) -> None:
+        _, _, unique, _, uid, gid, tid, _, _, fh, _, code, address, in_size, _ = _unpack_request(
+            request
+        )
         form = FORMS.get(code)
         file = self._files.get(fh)
         if form is None or file is None:
             error = ENOTTY if form is None else EBADF
             self._reply(unique, error)
-            self._traced("IOCTL", ids, error, f"{code:#x} fh={fh}")
+            self._traced("IOCTL", (uid, gid, tid), error, f"{code:#x} fh={fh}")
             return
-        uid, gid, tid = ids
         call = FuseCall(code, form, Process(tid, uid, gid, self._watcher), address)
         call.file = file
         call.unique = unique
         call.complete = self._complete
-        why: CommandError | None = None
+        why = None
         try:
             if file.handle.execute(call, request[IOCTL_AT : IOCTL_AT + in_size]) == PENDING:
                 if call.wait is not None:
@@ -220,7 +223,13 @@ class Handles:
                 return
             error = 0
         except CommandError as failure:
-            error, why = failure.errno, failure
+            error = failure.errno
+            if self._trace is not None:
+                # Without its traceback, which would keep this frame and all it holds alive.
+                why = failure.with_traceback(None)
+            if in_size >= 24 and request[_RETURN_FLAGS_AT] == _NO_FLAGS == call.data[16:24]:
+                # It failed, and return_flags is 0 as it was: not worth a write (1.3 us).
+                call.read = False
         connection = file.handle.connection
         if connection is not None and connection.waker is None:
             connection.waker = lambda: self._wake(file)

@@ -23,10 +23,11 @@ from collections import deque
 from collections.abc import Callable
 
 from ..abi.items import Buffer
+from ..abi.structs import U32
 from ..bus.domain import Domain
 from ..native import ffi, lib
 from . import wire
-from .backing import CacheBacking, Backing, PassthroughBacking, can_pass_through
+from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
 from .handles import Handles
 from .trace import Trace
 from .tree import Tree
@@ -49,6 +50,7 @@ _DIRENT = struct.Struct("=QQII")
 _ENTRY_OUT_SIZE = 128
 
 _unpack_header = IN_HEADER.unpack_from
+_unpack_u32 = U32.unpack_from
 _IOCTL = int(Opcode.IOCTL)
 _POLL = int(Opcode.POLL)
 _READ = int(Opcode.READ)
@@ -60,11 +62,10 @@ class Watches:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wakeup, select.EPOLLIN)
 
     def fileno(self) -> int:
-        return self._epoll.fileno()
+        """What gets readable with any of them, -1 if there are none."""
+        return self._epoll.fileno() if self._callbacks else -1
 
     def watch(self, fd: int, callback: Callable[[], None]) -> Callable[[], None] | None:
         """A `peer.descriptors.Watcher`. The same file may be watched many times."""
@@ -83,21 +84,16 @@ class Watches:
 
         return unwatch
 
-    def wake(self) -> None:
-        """From another thread: let the router look around."""
-        os.eventfd_write(self._wakeup, 1)
-
     def dispatch(self) -> None:
         """Call back for everything that is readable."""
         for fd, _ in self._epoll.poll(0):
-            if fd == self._wakeup:
-                os.eventfd_read(self._wakeup)
-            elif (callback := self._callbacks.get(fd)) is not None:
+            if (callback := self._callbacks.get(fd)) is not None:
                 callback()
 
     def close(self) -> None:
+        for fd in self._callbacks:
+            os.close(fd)
         self._epoll.close()
-        os.close(self._wakeup)
 
 
 class Router:
@@ -145,7 +141,7 @@ class Router:
         """Answer requests until the file system is unmounted."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         domain, watches, buffer = self._domain, self._watches, self._buffer
-        device, events, spin = self._device, watches.fileno(), self._spin_ns
+        device, spin = self._device, self._spin_ns
         pointer, size = ffi.from_buffer(buffer), len(buffer)
         view = memoryview(buffer)
         next_request, monotonic = lib.kdbusfs_next, time.monotonic_ns
@@ -157,7 +153,7 @@ class Router:
                     continue
                 deadline = domain.next_deadline()
                 timeout = -1 if deadline is None else max(deadline - monotonic(), 0)
-                n = next_request(device, events, pointer, size, timeout, spin)
+                n = next_request(device, watches.fileno(), pointer, size, timeout, spin)
                 if n > 0:
                     self._dispatch(view, n)
                 elif n == -errno.ENODEV:
@@ -177,16 +173,18 @@ class Router:
 
     def _dispatch(self, request: memoryview, size: int) -> None:
         try:
+            if _unpack_u32(request, 4)[0] == _IOCTL:
+                self._handles.ioctl(request)
+                return
             _, opcode, unique, nodeid, uid, gid, tid, _, _ = _unpack_header(request)
             ids = (uid, gid, tid)
-            if opcode == _IOCTL:
-                self._handles.ioctl(unique, ids, request)
-            elif opcode == _POLL:
+            if opcode == _POLL:
                 self._handles.poll(unique, ids, request)
             else:
                 self._dispatch_rare(opcode, unique, nodeid, ids, request[:size])
         except Exception:
             # A broken invariant is ours alone: the caller gets EIO, the others go on.
+            _, opcode, unique, *_ = _unpack_header(request)
             log.exception("ERROR: request %d failed", opcode)
             self._write(OUT_HEADER.pack(OUT_HEADER_SIZE, -errno.EIO, unique))
 

@@ -44,7 +44,6 @@ class Session:
     def __init__(
         self, device: int, *, pool: str = "auto", trace: bool = False, spin_us: int | None = None
     ) -> None:
-        os.set_blocking(device, False)
         if spin_us is None:
             spin_us = DEFAULT_SPIN_US if len(os.sched_getaffinity(0)) > 1 else 0
         domain = Domain(_Clock(), OWN_USER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from enum import IntFlag
 from typing import TYPE_CHECKING
 
 from ..abi.errors import CommandError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kdbusfs.trace")
 
-_FLAGS = {
+_FLAGS: dict[int, type[IntFlag]] = {
     Command.BUS_MAKE: MakeFlag,
     Command.ENDPOINT_MAKE: MakeFlag,
     Command.HELLO: HelloFlag,

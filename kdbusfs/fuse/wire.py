@@ -27,6 +27,8 @@ RELEASE_IN = Struct("=QIIQ")
 """struct fuse_release_in: fh, flags, release_flags, lock_owner."""
 IOCTL_IN = Struct("=QIIQII")
 """struct fuse_ioctl_in: fh, flags, cmd, arg, in_size, out_size."""
+IOCTL_REQUEST = Struct("=IIQQIIIHHQIIQII")
+"""fuse_in_header and struct fuse_ioctl_in in one."""
 IOCTL_OUT = Struct("=IiQiIII")
 """fuse_out_header and struct fuse_ioctl_out in one: ..., result, flags, in_iovs, out_iovs."""
 POLL_IN = Struct("=QQII")
@@ -121,7 +123,10 @@ class Opcode(IntEnum):
 
 def backing_open(device: int, fd: int) -> int:
     """Register *fd* as a backing file of the connection (Linux 6.9); returns its id."""
-    return ioctl(device, _DEV_IOC_BACKING_OPEN, bytearray(_BACKING_MAP.pack(fd, 0, 0)))
+    backing_id: int = ioctl(
+        device, _DEV_IOC_BACKING_OPEN, bytearray(_BACKING_MAP.pack(fd, 0, 0))
+    )
+    return backing_id
 
 
 def backing_close(device: int, backing_id: int) -> None:

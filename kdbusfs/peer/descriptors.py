@@ -61,8 +61,8 @@ class _Closer:
 
 _closer = _Closer()
 
-Watcher = Callable[[int, Callable[[], None]], Callable[[], None]]
-"""Calls back once when a descriptor is readable; returns what ends the watch."""
+Watcher = Callable[[int, Callable[[], None]], Callable[[], None] | None]
+"""Calls back when a descriptor is readable; returns what ends the watch, None if that can't be."""
 
 
 class FileDescriptor:

@@ -36,8 +36,8 @@ def _parse_map(text: bytes | None) -> Ranges:
 
 
 def _ancestry(path: str, own: int) -> list[tuple[int, int]]:
-    """(inode, owner uid) of the namespace *path* leads to and those above it, up to, without, *own*."""
-    found = []
+    """(inode, owner uid) of the namespace *path* leads to and of those above it, below *own*."""
+    found: list[tuple[int, int]] = []
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     while True:
         try:

@@ -62,11 +62,11 @@ class Process:
             raise Fault
         return bytes(_scratch[:size])
 
-    def read_some(self, address: int, size: int) -> bytes:
+    def read_some(self, address: int, size: int) -> bytearray:
         n = _vm_read_some(self.tid, address, _scratch_pointer, size)
         if n < 0:
             raise Fault
-        return bytes(_scratch[:n])
+        return _scratch[:n]
 
     def write(self, address: int, data: Buffer) -> None:
         if _vm_write(self.tid, address, _from_buffer(data), len(data)) < 0:
@@ -135,9 +135,9 @@ class Process:
         for entry in os.listdir("/proc"):
             if entry.isdigit():
                 numbers = Status(int(entry)).numbers(b"NSpid")
-                if len(numbers) > level and numbers[level] == pid:
-                    if pid_namespace(int(entry)).chain[: level + 1] == chain:
-                        return numbers
+                matches = len(numbers) > level and numbers[level] == pid
+                if matches and pid_namespace(int(entry)).chain[: level + 1] == chain:
+                    return numbers
         return None
 
     def gather(self, facts: Facts, kinds: int) -> None:

@@ -77,8 +77,8 @@ class Status:
     def capabilities(self) -> Capabilities:
         last = last_capability()
         mask = (1 << (last + 1)) - 1
-        sets = (int(self.field(name), 16) & mask for name in (b"CapInh", b"CapPrm", b"CapEff", b"CapBnd"))
-        return Capabilities(last, *sets)
+        names = (b"CapInh", b"CapPrm", b"CapEff", b"CapBnd")
+        return Capabilities(last, *(int(self.field(name), 16) & mask for name in names))
 
 
 _last_capability = -1
