@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Runs test-tracer.c, which exercises the ptrace engine on processes of its own, without FUSE."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+NATIVE = HERE.parent.parent / "kdbusfs" / "native"
+SOURCE = HERE / "test-tracer.c"
+NAMES = re.findall(r'^\t\{ "([a-z-]+)", test_', SOURCE.read_text(), re.MULTILINE)
+SKIPPED = 77
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled test program."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    path = tmp_path_factory.mktemp("native") / "test-tracer"
+    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
+    subprocess.run(
+        [compiler, *flags, str(SOURCE), str(NATIVE / "tracer.c"), "-o", str(path)], check=True
+    )
+    return path
+
+
+def test_every_test_of_the_program_is_run_here(program: Path) -> None:
+    listed = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    assert listed.split() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tracer(program: Path, name: str) -> None:
+    result = subprocess.run([program, name], capture_output=True, text=True, timeout=150)
+    if result.returncode == SKIPPED:
+        pytest.skip("not possible for this user or on this architecture")
+    assert (result.returncode, result.stderr) == (0, "")
