@@ -16,9 +16,11 @@
  * Any thread may call. ptrace(2) ties a traced thread to one tracing thread, so
  * every call runs in a short-lived thread of its own, and the caller waits for
  * it, @timeout_ns (of CLOCK_MONOTONIC) at most. A thread that does not come out
- * in time (its cgroup is frozen by the v1 freezer, its memory is on a dead
- * network file system) is let go, or finished later if it already runs our
+ * in time (its cgroup is frozen, its memory is on a dead network file system) is let go, or finished later if it already runs our
  * calls; no more than 64 are so under way at a time.
+ *
+ * Files on the mount must be opened with FOPEN_NOFLUSH: execve(2) closes files under the
+ * lock that process_vm_readv(2) and pidfd_getfd(2) take, and would wait for FUSE_FLUSH.
  *
  * The process must not wait for just any child (waitpid(-1, ...)), since that
  * takes the stops of traced threads away; its SIGCHLD disposition does not
@@ -41,7 +43,8 @@
  * @tracer:       private
  * @n_installed:  how many of the numbers are not -1
  * @held:         1: the thread is stopped, until kdbusfs_install_end();
- *                0: it died, or did not stop in time and runs on
+ *                0: it died, or did not stop in time and runs on. Leave its memory
+ *                alone: its number may be another thread's by now
  */
 struct kdbusfs_install {
 	void *tracer;
@@ -63,7 +66,9 @@ struct kdbusfs_install {
  * receive the descriptors. It does so in whichever namespaces it lives, and under
  * whichever seccomp filter. Its registers, memory, signal mask and pending signals
  * are as before. Descriptors are installed in order until RLIMIT_NOFILE is reached,
- * just as if the kernel did it; a 32-bit thread gets none.
+ * just as if the kernel did it; but if that is also the hard limit and we lack
+ * CAP_SYS_RESOURCE, the last slot stays free. A thread that came by a 32-bit system call
+ * gets none.
  *
  * The thread is then still stopped, so that its numbers can be told to it in its
  * memory (process_vm_writev(2)). Call kdbusfs_install_end() soon.
