@@ -22,9 +22,9 @@
  * Signals are blocked while the thread runs our calls, so they stay queued, in order,
  * and are delivered afterwards. SIGSTOP cannot be blocked: it is passed on, stops the
  * other threads of the process, and this one too once it is detached. A thread that
- * dies reports PTRACE_EVENT_EXIT, even of SIGKILL, and is left to it.
+ * dies reports PTRACE_EVENT_EXIT, mostly even if killed, and is left to it.
  *
- * Exactly what could block is kept off the caller: each call has a thread of its own.
+ * All that could block is kept off the caller: each call has a thread of its own.
  * PTRACE_SEIZE waits for an execve() of a sibling, which waits for the thread to die,
  * which waits for our reply; the stop may be late or never come. When time is up, the
  * caller goes on and the tracing thread is ended by a signal, which detaches the traced
