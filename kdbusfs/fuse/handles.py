@@ -51,8 +51,8 @@ _SOCKET_HEADER = Struct("=QQ")
 _BY_SOCKET = frozenset({ExtensionCommand.RECV, ExtensionCommand.SEND})
 
 _unpack_request = wire.IOCTL_REQUEST.unpack_from
-_RETURN_FLAGS_AT = slice(IOCTL_AT + 16, IOCTL_AT + 24)
-_NO_FLAGS = bytes(8)
+_unpack_u64 = U64.unpack_from
+_pack_out_header = wire.OUT_HEADER.pack
 _pack_ioctl_out = wire.IOCTL_OUT.pack
 _IOCTL_OUT_SIZE = wire.IOCTL_OUT.size
 
@@ -117,6 +117,10 @@ class Handles:
         self._next_fh = 1
         self._waiting: dict[int, FuseCall] = {}
         """Calls that are PENDING, by the unique of their request."""
+        self._current: FuseCall | None = None
+        """The call whose request is being handled."""
+        self.reply: Buffer = b""
+        """Its answer, if that is ready: the router writes it as it goes for the next request."""
         self._workers = ThreadPoolExecutor(4, "kdbusfs-tracer")
 
     def close(self) -> None:
@@ -201,19 +205,20 @@ class Handles:
     # --- ioctl
 
     def ioctl(self, request: memoryview) -> None:
-        _, _, unique, _, uid, gid, tid, _, _, fh, _, code, address, in_size, _ = _unpack_request(
-            request
+        (_, _, unique, _, uid, gid, tid, _, _, fh, flags, code, address, in_size, _) = (
+            _unpack_request(request)
         )
         form = FORMS.get(code)
         file = self._files.get(fh)
-        if form is None or file is None:
-            error = ENOTTY if form is None else EBADF
-            self._reply(unique, error)
-            self._traced("IOCTL", (uid, gid, tid), error, f"{code:#x} fh={fh}")
+        # The fh of a directory is pyfuse3's, and may be the same number as one of ours.
+        if form is None or file is None or flags & wire.IOCTL_DIR:
+            self._reply(unique, ENOTTY)
+            self._traced("IOCTL", (uid, gid, tid), ENOTTY, f"{code:#x} fh={fh}")
             return
         call = FuseCall(code, form, Process(tid, uid, gid, self._watcher), address)
         call.file = file
         call.unique = unique
+        self._current = call
         call.complete = self._complete
         why = None
         try:
@@ -227,9 +232,12 @@ class Handles:
             if self._trace is not None:
                 # Without its traceback, which would keep this frame and all it holds alive.
                 why = failure.with_traceback(None)
-            if in_size >= 24 and request[_RETURN_FLAGS_AT] == _NO_FLAGS == call.data[16:24]:
-                # It failed, and return_flags is 0 as it was: not worth a write (1.3 us).
-                call.read = False
+            if call.read and in_size and not code & _DIRECTION_READ:
+                before, after = _unpack_u64(request, IOCTL_AT + 16)[0], _unpack_u64(call.data, 16)[0]
+                if not before and not after and self._trace is None:
+                    # It failed, and return_flags is 0 as it was: not worth a write (1.3 us).
+                    self.reply = _pack_out_header(OUT_HEADER_SIZE, -error, unique)
+                    return
         connection = file.handle.connection
         if connection is not None and connection.waker is None:
             connection.waker = lambda: self._wake(file)
@@ -249,7 +257,11 @@ class Handles:
         if delivery is not None and not error:
             self._deliver(call, delivery)
             return
-        self._write(self._result(call, error))
+        result = self._result(call, error)
+        if call is self._current:
+            self.reply = result
+        else:
+            self._write(result)
         if self._trace is not None:
             self._trace.call(call, error, why)
 
