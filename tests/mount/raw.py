@@ -1,0 +1,595 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A raw kdbus client: open(), ioctl(), mmap() and nothing between them and the test.
+
+What libkdbus does for its users is deliberately not done here: no private socket, no retry, no
+cleaning up behind a failed call. Structs and numbers are those of `kdbusfs.abi`, which tests/abi
+holds against the header. Every failure of a system call is an OSError with its errno.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+import select
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+import daemons
+from kdbusfs.abi import structs
+from kdbusfs.abi.items import build, build_string
+from kdbusfs.abi.numbers import (
+    ATTACH_ALL,
+    DST_ID_BROADCAST,
+    OFFSET_NONE,
+    Command,
+    HelloFlag,
+    ItemType,
+    MsgFlag,
+    PayloadType,
+    RecvFlag,
+    SendFlag,
+)
+from kdbusfs.abi.structs import I32, U64, align8
+
+PAGE = mmap.PAGESIZE
+MIB = 1 << 20
+POOL_SIZE = MIB
+BLOOM_SIZE = 64
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)
+libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_numbers = itertools.count(1)
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+@contextmanager
+def fails(number: int) -> Iterator[None]:
+    """What is done inside fails with this errno."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        yield
+    given = errno.errorcode.get(caught.value.errno or 0, str(caught.value))
+    assert given == errno.errorcode[number]
+
+
+def ioctl(fd: int, code: int, address: int) -> int:
+    """ioctl(2) with an address, which nobody copies, aligns or looks at on the way."""
+    return _check(libc.ioctl(fd, code, address))
+
+
+class Memory:
+    """Bytes at an address that is a multiple of 8 and stays the same."""
+
+    def __init__(self, data: bytes | int) -> None:
+        size = data if isinstance(data, int) else len(data)
+        self.size = size
+        self._words = (ctypes.c_uint64 * (align8(max(size, 1)) // 8))()
+        self.address = ctypes.addressof(self._words)
+        if isinstance(data, bytes):
+            ctypes.memmove(self.address, data, size)
+
+    def __bytes__(self) -> bytes:
+        return ctypes.string_at(self.address, self.size)
+
+    def u64(self, offset: int) -> int:
+        return int(U64.unpack_from(bytes(self), offset)[0])
+
+
+class Mapping:
+    """A mapping, by mmap(2) itself: Python's own asks for the file's size first."""
+
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        protection: int = mmap.PROT_READ,
+        flags: int = mmap.MAP_SHARED,
+        offset: int = 0,
+    ) -> None:
+        address = libc.mmap(None, size, protection, flags, fd, offset)
+        if address == _MAP_FAILED:
+            _check(-1)
+        assert isinstance(address, int)
+        self.address, self.size = address, size
+
+    def read(self, offset: int, size: int) -> bytes:
+        assert 0 <= offset
+        assert offset + size <= self.size
+        return ctypes.string_at(self.address + offset, size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        ctypes.memmove(self.address + offset, data, len(data))
+
+    def protect(self, protection: int, offset: int = 0, size: int | None = None) -> None:
+        size = self.size - offset if size is None else size
+        _check(libc.mprotect(self.address + offset, size, protection))
+
+    def unmap(self, offset: int = 0, size: int | None = None) -> None:
+        """Unmap a part, or what is left."""
+        _check(libc.munmap(self.address + offset, self.size - offset if size is None else size))
+
+    @classmethod
+    def anonymous(cls, size: int) -> Mapping:
+        return cls(-1, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANON)
+
+
+# --- what messages are made of
+
+
+@dataclass(frozen=True)
+class Vec:
+    """A PAYLOAD_VEC of whatever lies there; address 0 stands for zeros without data."""
+
+    address: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Memfd:
+    """A PAYLOAD_MEMFD: a part of a sealed file."""
+
+    fd: int
+    size: int
+    start: int = 0
+
+
+Part = bytes | Vec | Memfd
+
+
+def bloom(data: bytes = bytes(BLOOM_SIZE), generation: int = 0) -> bytes:
+    """A BLOOM_FILTER item, as every signal needs one."""
+    return build(ItemType.BLOOM_FILTER, U64.pack(generation) + data)
+
+
+def fds_item(fds: Sequence[int]) -> bytes:
+    return build(ItemType.FDS, b"".join(I32.pack(fd) for fd in fds))
+
+
+def make_message(
+    dst_id: int = 0,
+    parts: Sequence[Part] = (),
+    *,
+    flags: int = 0,
+    priority: int = 0,
+    src_id: int = 0,
+    payload_type: int = PayloadType.DBUS,
+    cookie: int = 1,
+    last: int = 0,
+    name: str | None = None,
+    fds: Sequence[int] = (),
+    items: bytes = b"",
+) -> tuple[bytes, list[Memory]]:
+    """A struct kdbus_msg with its items, and the memory its vecs point at. *last* is timeout_ns
+    or cookie_reply, *items* goes in front of all others."""
+    chain, kept = [items], []
+    for part in parts:
+        if isinstance(part, Memfd):
+            memfd = structs.MEMFD.pack(part.start, part.size, part.fd, 0)
+            chain.append(build(ItemType.PAYLOAD_MEMFD, memfd))
+            continue
+        if isinstance(part, bytes):
+            kept.append(memory := Memory(part))
+            part = Vec(memory.address, len(part))
+        chain.append(build(ItemType.PAYLOAD_VEC, structs.VEC.pack(part.size, part.address)))
+    if fds:
+        chain.append(fds_item(fds))
+    if name is not None:
+        chain.append(build_string(ItemType.DST_NAME, name.encode()))
+    tail = b"".join(chain)
+    header = structs.MSG.pack(
+        *(structs.MSG_SIZE + len(tail), flags, priority, dst_id),
+        *(src_id, payload_type, cookie, last),
+    )
+    return header + tail, kept
+
+
+@dataclass
+class Received:
+    """A message as it lies in the receiver's pool."""
+
+    offset: int
+    slice_size: int
+    return_flags: int
+    """msg.return_flags: INCOMPLETE_FDS"""
+    content: bytes
+    """The whole slice."""
+    size: int = field(init=False)
+    flags: int = field(init=False)
+    priority: int = field(init=False)
+    dst_id: int = field(init=False)
+    src_id: int = field(init=False)
+    payload_type: int = field(init=False)
+    cookie: int = field(init=False)
+    last: int = field(init=False)
+    """timeout_ns or cookie_reply"""
+    items: list[tuple[int, bytes]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        header = structs.MSG.unpack_from(self.content)
+        self.size, self.flags, self.priority, self.dst_id = header[:4]
+        self.src_id, self.payload_type, self.cookie, self.last = header[4:]
+        self.items = list(read_items(self.content[structs.MSG_SIZE : self.size]))
+
+    def all(self, type_: int) -> list[bytes]:
+        """The payloads of all items of *type_*."""
+        return [payload for found, payload in self.items if found == type_]
+
+    def one(self, type_: int) -> bytes:
+        """The payload of the only item of *type_*."""
+        (payload,) = self.all(type_)
+        return payload
+
+    @property
+    def types(self) -> list[int]:
+        return [type_ for type_, _ in self.items]
+
+    @property
+    def payload(self) -> bytes:
+        """What all vecs hold, one after the other; zeros where there are no data."""
+        pieces = []
+        for size, offset in map(structs.VEC.unpack, self.all(ItemType.PAYLOAD_OFF)):
+            at = self.content[offset : offset + size] if offset != OFFSET_NONE else bytes(size)
+            assert len(at) == size
+            pieces.append(at)
+        return b"".join(pieces)
+
+    @property
+    def fds(self) -> list[int]:
+        """The numbers in FDS."""
+        return [fd for payload in self.all(ItemType.FDS) for (fd,) in I32.iter_unpack(payload)]
+
+    @property
+    def memfds(self) -> list[Memfd]:
+        found = map(structs.MEMFD.unpack, self.all(ItemType.PAYLOAD_MEMFD))
+        return [Memfd(fd, size, start) for start, size, fd, _ in found]
+
+    @property
+    def seqnum(self) -> int:
+        """The sequence number in TIMESTAMP."""
+        return int(structs.TIMESTAMP.unpack(self.one(ItemType.TIMESTAMP))[0])
+
+    def close_fds(self) -> None:
+        """Close every descriptor that came along."""
+        for fd in (*self.fds, *(memfd.fd for memfd in self.memfds)):
+            if fd >= 0:
+                os.close(fd)
+
+
+def read_items(chain: bytes) -> Iterator[tuple[int, bytes]]:
+    """The items of a chain, each held against what is left."""
+    at = 0
+    while at < len(chain):
+        size, type_ = structs.ITEM_HEADER.unpack_from(chain, at)
+        assert structs.ITEM_HEADER_SIZE <= size <= len(chain) - at
+        yield type_, chain[at + structs.ITEM_HEADER_SIZE : at + size]
+        at += align8(size)
+
+
+# --- files
+
+
+class File:
+    """An open node, to be closed once."""
+
+    def __init__(self, path: str | Path, dir_fd: int | None = None) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC, dir_fd=dir_fd)
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def command(self, code: int, *fields: int, items: bytes = b"", flags: int = 0) -> Memory:
+        """One ioctl: size, *flags* and garbage in return_flags, then *fields*, then *items*.
+        Returns its argument as it is afterwards."""
+        words = b"".join(U64.pack(word & (1 << 64) - 1) for word in (flags, 0xDEAD, *fields))
+        argument = Memory(U64.pack(8 + len(words) + len(items)) + words + items)
+        ioctl(self.fd, code, argument.address)
+        return argument
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def bus_items(name: str, *, attach: int | None = None, size: int = BLOOM_SIZE) -> bytes:
+    """What BUS_MAKE needs; *attach* is the creator mask."""
+    items = build_string(ItemType.MAKE_NAME, name.encode())
+    items += build(ItemType.BLOOM_PARAMETER, structs.BLOOM_PARAMETER.pack(size, 1))
+    if attach is not None:
+        items += build(ItemType.ATTACH_FLAGS_SEND, U64.pack(attach))
+    return items
+
+
+class Bus(File):
+    """A bus, for as long as this file is open."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        name: str | None = None,
+        *,
+        flags: int = 0,
+        attach: int | None = ATTACH_ALL,
+    ) -> None:
+        super().__init__(Path(root) / "control")
+        self.name = name or f"{os.geteuid()}-raw-{os.getpid()}-{next(_numbers)}"
+        self.root = Path(root)
+        self.directory = self.root / self.name
+        self.path = self.directory / "bus"
+        try:
+            self.command(Command.BUS_MAKE, flags=flags, items=bus_items(self.name, attach=attach))
+        except OSError:
+            self.close()
+            raise
+
+    def connect(self, **options: int | bytes) -> Connection:
+        return Connection(self.path, **options)  # type: ignore[arg-type]
+
+
+class Connection(File):
+    """A connection to the endpoint at *path*."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        flags: int = HelloFlag.ACCEPT_FD,
+        send: int = ATTACH_ALL,
+        recv: int = 0,
+        pool_size: int = POOL_SIZE,
+        items: bytes = b"",
+        dir_fd: int | None = None,
+    ) -> None:
+        super().__init__(path, dir_fd)
+        self.pool_size = pool_size
+        try:
+            self.hello(flags, send, recv, pool_size, items)
+        except OSError:
+            self.close()
+            raise
+
+    def hello(self, flags: int, send: int, recv: int, pool_size: int, items: bytes) -> None:
+        garbage = 0xDEAD
+        fields = (send, recv, garbage, garbage, pool_size, garbage, garbage, garbage, garbage)
+        result = bytes(self.command(Command.HELLO, *fields, flags=flags, items=items))
+        unpacked = structs.CMD_HELLO.unpack(result[: structs.CMD_HELLO.size])
+        self.bus_flags, self.id = unpacked[5:7]
+        self.id128 = unpacked[10]
+        self.offset, self.items_size = unpacked[8:10]
+        self._pool: Mapping | None = None
+        self.free(self.offset)
+
+    @property
+    def pool(self) -> Mapping:
+        """The pool, mapped when it is first looked at."""
+        if self._pool is None:
+            self._pool = Mapping(self.fd, self.pool_size)
+        return self._pool
+
+    def close(self) -> None:
+        super().close()
+        if getattr(self, "_pool", None) is not None:
+            assert self._pool is not None
+            self._pool.unmap()
+            self._pool = None
+
+    # --- messages
+
+    def send(
+        self,
+        dst_id: int = 0,
+        *parts: Part,
+        sync: bool = False,
+        command_items: bytes = b"",
+        **message: object,
+    ) -> Received | None:
+        """SEND. A synchronous call returns its reply."""
+        content, kept = make_message(dst_id, parts, **message)  # type: ignore[arg-type]
+        argument = Memory(content)
+        result = self.command(
+            *(Command.SEND, argument.address, 0xDEAD, 0xDEAD, 0xDEAD),
+            flags=SendFlag.SYNC_REPLY if sync else 0,
+            items=command_items,
+        )
+        del kept
+        assert result.u64(16) == 0
+        assert bytes(argument) == content, "SEND leaves the message as it is"
+        offset, size, flags = structs.MSG_INFO.unpack_from(bytes(result), 32)
+        if sync:
+            return Received(offset, size, flags, self.pool.read(offset, size))
+        assert (offset, size, flags) == (self.pool_size, 0, 0)
+        return None
+
+    def call(
+        self, dst_id: int = 0, *parts: Part, timeout: float = 10.0, **message: object
+    ) -> Received:
+        """SEND with SYNC_REPLY, to end after *timeout* seconds."""
+        flags = MsgFlag.EXPECT_REPLY
+        deadline = monotonic_ns(timeout)
+        reply = self.send(dst_id, *parts, sync=True, flags=flags, last=deadline, **message)  # type: ignore[arg-type]
+        assert reply is not None
+        return reply
+
+    def request(
+        self, dst_id: int = 0, *parts: Part, timeout: float = 10.0, **message: object
+    ) -> None:
+        """SEND with EXPECT_REPLY."""
+        flags, deadline = MsgFlag.EXPECT_REPLY, monotonic_ns(timeout)
+        self.send(dst_id, *parts, flags=flags, last=deadline, **message)  # type: ignore[arg-type]
+
+    def reply(self, to: Received, *parts: Part, **message: object) -> None:
+        self.send(to.src_id, *parts, last=to.cookie, **message)  # type: ignore[arg-type]
+
+    def broadcast(self, *parts: Part, **message: object) -> None:
+        self.send(DST_ID_BROADCAST, *parts, flags=MsgFlag.SIGNAL, items=bloom(), **message)  # type: ignore[arg-type]
+
+    def recv(self, flags: int = 0, priority: int = 0) -> Received:
+        """RECV, but for DROP; EAGAIN at once if there is nothing."""
+        result = self.recv_raw(flags, priority)
+        offset, size, msg_flags = structs.MSG_INFO.unpack_from(bytes(result), 40)
+        return Received(offset, size, msg_flags, self.pool.read(offset, size))
+
+    def recv_raw(self, flags: int = 0, priority: int = 0) -> Memory:
+        """RECV; its argument as it is afterwards."""
+        return self.command(Command.RECV, priority, *[0xDEAD] * 4, flags=flags)
+
+    def take(self, seconds: float = daemons.DEADLINE_SECONDS) -> Received:
+        """Wait for a message, receive it and free its slice (the bytes are ours by then)."""
+        self.wait(seconds)
+        message = self.recv()
+        self.free(message.offset)
+        return message
+
+    def drain(self) -> list[Received]:
+        """All that is queued."""
+        messages = []
+        try:
+            while True:
+                messages.append(message := self.recv())
+                self.free(message.offset)
+        except BlockingIOError:
+            return messages
+
+    def drop(self) -> None:
+        self.recv_raw(RecvFlag.DROP)
+
+    def free(self, offset: int) -> None:
+        self.command(Command.FREE, offset)
+
+    def wait(self, seconds: float = daemons.DEADLINE_SECONDS) -> None:
+        """Until it is readable."""
+        events = poll(self, seconds)
+        assert events & select.POLLIN, f"not readable after {seconds} s: {events:#x}"
+
+    # --- names, matches, questions
+
+    def byebye(self) -> None:
+        self.command(Command.BYEBYE)
+
+    def acquire(self, name: str, flags: int = 0) -> int:
+        """NAME_ACQUIRE; its return_flags."""
+        item = build_string(ItemType.NAME, name.encode())
+        return self.command(Command.NAME_ACQUIRE, items=item, flags=flags).u64(16)
+
+    def release(self, name: str) -> None:
+        self.command(Command.NAME_RELEASE, items=build_string(ItemType.NAME, name.encode()))
+
+    def match(self, *items: bytes, cookie: int = 1, flags: int = 0) -> None:
+        """MATCH_ADD; without items it takes everything."""
+        self.command(Command.MATCH_ADD, cookie, items=b"".join(items), flags=flags)
+
+    def unmatch(self, cookie: int = 1) -> None:
+        self.command(Command.MATCH_REMOVE, cookie)
+
+    def info(
+        self,
+        id_: int = 0,
+        attach: int = ATTACH_ALL,
+        name: str | None = None,
+        code: int = Command.CONN_INFO,
+    ) -> Info:
+        items = build_string(ItemType.NAME, name.encode()) if name is not None else b""
+        result = self.command(code, id_, attach, 0xDEAD, 0xDEAD, items=items)
+        offset, size = result.u64(40), result.u64(48)
+        content = self.pool.read(offset, size)
+        self.free(offset)
+        return Info(content)
+
+    def creator_info(self, attach: int = ATTACH_ALL) -> Info:
+        return self.info(0, attach, code=Command.BUS_CREATOR_INFO)
+
+    def list(self, flags: int) -> list[Info]:
+        result = self.command(Command.LIST, 0xDEAD, 0xDEAD, flags=flags)
+        offset, size = result.u64(24), result.u64(32)
+        content = self.pool.read(offset, size) if size else b""
+        self.free(offset)
+        records = []
+        while content:
+            (length,) = U64.unpack_from(content)
+            records.append(Info(content[:length]))
+            content = content[length:]
+        return records
+
+
+class Info:
+    """A struct kdbus_info and its items."""
+
+    def __init__(self, content: bytes) -> None:
+        size, self.id, self.flags = structs.INFO.unpack_from(content)
+        assert size == len(content)
+        self.items = list(read_items(content[structs.INFO.size :]))
+
+    @property
+    def types(self) -> list[int]:
+        return [type_ for type_, _ in self.items]
+
+    def one(self, type_: int) -> bytes:
+        (payload,) = [payload for found, payload in self.items if found == type_]
+        return payload
+
+
+# --- small things
+
+
+def monotonic_ns(seconds: float) -> int:
+    """A deadline, *seconds* from now, as kdbus counts it."""
+    return time.monotonic_ns() + int(seconds * 1e9)
+
+
+def poll(file: File | int, seconds: float = 0.0, events: int = 0xFFFF) -> int:
+    """The revents of poll(2) once POLLIN, POLLERR or POLLHUP is among them or the time is up."""
+    poller = select.poll()
+    poller.register(file, events & ~(select.POLLOUT | select.POLLWRNORM))
+    found = dict(poller.poll(seconds * 1000)) if seconds else {}
+    poller.modify(file, events)
+    now = dict(poller.poll(0))
+    number = file if isinstance(file, int) else file.fd
+    return now.get(number, 0) | found.get(number, 0)
+
+
+SEALS = 0x1 | 0x2 | 0x4 | 0x8
+"""F_SEAL_SEAL, SHRINK, GROW, WRITE: what a memfd payload must have."""
+
+
+def sealed_memfd(content: bytes, seals: int = SEALS) -> int:
+    fd = os.memfd_create("payload", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, content)
+    if seals:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
