@@ -472,6 +472,10 @@ class Bus:
         """Assert what must hold between any two calls."""
         assert not self._notifications
         self.names.check()
+        self.matches.check(m for c in self.connections.values() for m in c.matches)
+        for endpoint in self.endpoints:
+            endpoint.check()
         for connection in self.connections.values():
-            assert connection.alive
+            assert connection.alive and connection in connection.endpoint.connections
+            assert (connection in self.monitors) == (connection.kind == MONITOR)
             connection.check()

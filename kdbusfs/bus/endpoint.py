@@ -62,3 +62,9 @@ class Endpoint:
 
     def may_see(self, who: Credentials, other: Connection) -> bool:
         return not self.custom or self.policy.grants(who, other.owned_names(), PolicyAccess.SEE)
+
+    def check(self) -> None:
+        """Assert what must hold between any two calls."""
+        for connection in self.connections:
+            assert connection.alive and connection.endpoint is self
+            assert self.bus.connections[connection.id] is connection

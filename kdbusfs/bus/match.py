@@ -219,6 +219,13 @@ class MatchIndex:
                 takers[match.connection] = None
         return list(takers)
 
+    def check(self, matches: Iterable[Match]) -> None:
+        """Assert that exactly these *matches* are filed, each where it says."""
+        filed = {(key, match) for key, found in self._filed.items() for match in found}
+        assert filed == {(key, match) for match in matches for key in match.keys}
+        use = Counter(key for key, _ in filed if isinstance(key, int))
+        assert use == +self._use
+
 
 def _bits(mask: int) -> Iterator[int]:
     """The numbers of the bits set in *mask*."""

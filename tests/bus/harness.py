@@ -1,0 +1,709 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain without a mount, and clients that speak to it in kdbus's words.
+
+Commands go in as bytes and results are read from the caller's memory and from pools as bytes, so
+that the tests stand on the ABI alone. `File.ioctl` does what the FUSE side does for a request.
+"""
+
+import errno as _errno
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from bus.fakes import HOME_USERS, FakeClock, FakeFile, FakeMemory, FakePeer
+from kdbusfs.abi.commands import FORMS
+from kdbusfs.abi.errors import CommandError, Fault
+from kdbusfs.abi.numbers import ATTACH_ALL, ID_ANY, Command, HelloFlag, ItemType, MsgFlag, SendFlag
+from kdbusfs.bus.bus import Bus as CoreBus
+from kdbusfs.bus.call import PENDING, Call
+from kdbusfs.bus.domain import Domain
+from kdbusfs.bus.handle import Handle
+
+NEGOTIATE = 1 << 63
+GARBAGE = 0xDEADBEEFDEADBEEF
+"""What output fields hold when a command goes in."""
+DBUS = 0x4442757344427573
+BLOOM_SIZE = 64
+POOL_SIZE = 1 << 20
+OFFSET_NONE = (1 << 64) - 1
+SECOND = 1_000_000_000
+
+
+def u64(*numbers: int) -> bytes:
+    return struct.pack(f"={len(numbers)}Q", *(n & (1 << 64) - 1 for n in numbers))
+
+
+def align8(n: int) -> int:
+    return (n + 7) & ~7
+
+
+def item(type_: int, payload: bytes = b"", *, pad: bytes = b"\0") -> bytes:
+    """One item, padded to 8 with *pad*."""
+    size = 16 + len(payload)
+    return u64(size, type_) + payload + pad * (-size & 7)
+
+
+def text(type_: int, string: str) -> bytes:
+    return item(type_, string.encode() + b"\0")
+
+
+def name(string: str) -> bytes:
+    return text(ItemType.NAME, string)
+
+
+def vec(address: int, size: int) -> bytes:
+    return item(ItemType.PAYLOAD_VEC, u64(size, address))
+
+
+def memfd(fd: int, size: int, start: int = 0) -> bytes:
+    return item(ItemType.PAYLOAD_MEMFD, struct.pack("=QQiI", start, size, fd, 0))
+
+
+def fds(*numbers: int) -> bytes:
+    return item(ItemType.FDS, struct.pack(f"={len(numbers)}i", *numbers))
+
+
+def bloom(bits: Iterable[int] = (), generation: int = 0, size: int = BLOOM_SIZE) -> bytes:
+    """A BLOOM_FILTER item with these bits set."""
+    return item(ItemType.BLOOM_FILTER, u64(generation) + bits_to_bytes(bits, size))
+
+
+def mask(*generations: Iterable[int], size: int = BLOOM_SIZE) -> bytes:
+    """A BLOOM_MASK item; one set of bits for each generation."""
+    return item(ItemType.BLOOM_MASK, b"".join(bits_to_bytes(bits, size) for bits in generations))
+
+
+def bits_to_bytes(bits: Iterable[int], size: int) -> bytes:
+    return sum(1 << bit for bit in set(bits)).to_bytes(size, "little")
+
+
+def access(type_: int, level: int, id_: int = 0) -> bytes:
+    return item(ItemType.POLICY_ACCESS, u64(type_, level, id_))
+
+
+def parse_items(chain: bytes) -> list[tuple[int, bytes]]:
+    """The (type, payload) of each item."""
+    found = []
+    while chain:
+        size, type_ = struct.unpack_from("=QQ", chain)
+        assert 16 <= size <= len(chain)
+        found.append((type_, chain[16:size]))
+        chain = chain[align8(size) :]
+    return found
+
+
+@contextmanager
+def fails(errno: int) -> Iterator[None]:
+    """What is inside ends with this errno."""
+    with pytest.raises(CommandError) as caught:
+        yield
+    seen = _errno.errorcode[caught.value.errno]
+    assert seen == _errno.errorcode[errno], caught.value
+
+
+@dataclass
+class Received:
+    """A message, or another result, as it lies in a pool."""
+
+    offset: int
+    raw: bytes
+    """All of the slice."""
+    return_flags: int = 0
+    """Those of the command."""
+    fd_flags: int = 0
+    """msg.return_flags, or reply.return_flags."""
+    lost: int = 0
+
+    def _field(self, at: int) -> int:
+        value: int = struct.unpack_from("=Q", self.raw, at)[0]
+        return value
+
+    size = property(lambda self: self._field(0))
+    flags = property(lambda self: self._field(8))
+    priority = property(lambda self: struct.unpack_from("=q", self.raw, 16)[0])
+    dst_id = property(lambda self: self._field(24))
+    src_id = property(lambda self: self._field(32))
+    payload_type = property(lambda self: self._field(40))
+    cookie = property(lambda self: self._field(48))
+    cookie_reply = property(lambda self: self._field(56))
+    timeout_ns = cookie_reply
+
+    @property
+    def items(self) -> list[tuple[int, bytes]]:
+        return parse_items(self.raw[64 : self.size])
+
+    @property
+    def types(self) -> list[int]:
+        return [type_ for type_, _ in self.items]
+
+    def all(self, type_: int) -> list[bytes]:
+        return [payload for t, payload in self.items if t == type_]
+
+    def the(self, type_: int) -> bytes:
+        (payload,) = self.all(type_)
+        return payload
+
+    def numbers(self, type_: int) -> tuple[int, ...]:
+        """The payload of an item made of u64."""
+        payload = self.the(type_)
+        return struct.unpack(f"={len(payload) // 8}Q", payload)
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """(offset, size) of each PAYLOAD_OFF."""
+        pairs = (struct.unpack("=QQ", p) for p in self.all(ItemType.PAYLOAD_OFF))
+        return [(offset, size) for size, offset in pairs]
+
+    @property
+    def data(self) -> bytes:
+        """The payload of all PAYLOAD_OFF together."""
+        return b"".join(
+            bytes(size) if offset == OFFSET_NONE else self.raw[offset : offset + size]
+            for offset, size in self.offsets
+        )
+
+    @property
+    def fds(self) -> list[int]:
+        found: list[int] = []
+        for payload in self.all(ItemType.FDS):
+            found += struct.unpack(f"={len(payload) // 4}i", payload)
+        return found
+
+    @property
+    def memfds(self) -> list[int]:
+        return [struct.unpack("=QQiI", p)[2] for p in self.all(ItemType.PAYLOAD_MEMFD)]
+
+    @property
+    def notification(self) -> tuple[Any, ...]:
+        """(type, what happened...) of a message of the bus."""
+        assert self.src_id == 0
+        type_, payload = self.items[0]
+        kind = ItemType(type_)
+        if type_ in (ItemType.ID_ADD, ItemType.ID_REMOVE):
+            return (kind, *struct.unpack("=QQ", payload))
+        if type_ in (ItemType.REPLY_TIMEOUT, ItemType.REPLY_DEAD):
+            assert not payload
+            return (kind, self.cookie_reply)
+        old_id, old_flags, new_id, new_flags = struct.unpack_from("=QQQQ", payload)
+        return (kind, payload[32:-1].decode(), (old_id, old_flags), (new_id, new_flags))
+
+
+class Pending:
+    """A command that waits; `error` is None until it has ended."""
+
+    def __init__(self, file: "File", call: Call) -> None:
+        self.file = file
+        self.call = call
+        self.error: int | None = None
+        call.complete = self._complete
+
+    def _complete(self, call: Call, error: int) -> None:
+        assert self.error is None, "completed twice"
+        self.error = self.file.store(call, error)
+
+    @property
+    def waiting(self) -> bool:
+        return self.error is None
+
+    def struct(self) -> bytes:
+        return self.file.peer.read(self.call.address, self.call.form.size)
+
+    @property
+    def reply(self) -> Received:
+        assert self.error == 0, self.error
+        offset, size, flags = struct.unpack_from("=QQQ", self.struct(), 32)
+        return Received(offset, self.file.visible(offset, size), fd_flags=flags)
+
+    def interrupt(self) -> None:
+        """A signal arrives."""
+        self.file.handle.connection.bus.interrupt(self.call)
+
+
+class File:
+    """An open file of a domain, used by a process."""
+
+    def __init__(
+        self,
+        domain: "FakeDomain",
+        path: str,
+        peer: FakePeer,
+        new_memory: Callable[[int], FakeMemory] = FakeMemory,
+    ) -> None:
+        self.domain = domain
+        self.peer = peer
+        self.handle = Handle(domain.core, domain.node(path), peer.credentials(), new_memory)
+        self.closed = False
+        domain.files.append(self)
+
+    def ioctl(self, code: int, argument: bytes | int) -> bytes:
+        """Execute a command; returns its struct and items as they are afterwards. An int is the
+        address of an argument that lies in memory already."""
+        if isinstance(argument, int):
+            return self.issue(code, argument)
+        with self.peer.holding(argument) as address:
+            return self.issue(code, address, len(argument))
+
+    def issue(self, code: int, address: int, size: int = 0) -> bytes:
+        pending = self.start(code, address)
+        assert not pending.waiting, "the command waits"
+        if pending.error:
+            raise CommandError(pending.error)
+        return self.peer.read(address, size)
+
+    def start(self, code: int, address: int) -> Pending:
+        """Begin a command; it may have ended already."""
+        assert code in FORMS
+        call = Call(code, FORMS[code], self.peer, address)
+        pending = Pending(self, call)
+        # The kernel brings and takes what direction and size in the code say.
+        brought = b""
+        if code & 0x40000000:
+            brought = self.peer.read(address, code >> 16 & 0x3FFF)
+        try:
+            result = self.handle.execute(call, brought)
+        except CommandError as error:
+            pending.error = self.store(call, error.errno)
+        else:
+            if result != PENDING:
+                pending.error = self.store(call, 0)
+        self.domain.check()
+        return pending
+
+    def store(self, call: Call, error: int) -> int:
+        """Write the results of *call* back and install its descriptors; returns its errno."""
+        if not call.read:
+            return error
+        start, end = call.store_on_error if error else call.store
+        if call.code & 0x80000000:
+            start = 0
+        if call.fds is not None and not error:
+            numbers = [self.peer.install(d) for d in call.fds.descriptors]
+            struct.pack_into("=Q", call.data, end - 8, call.fds.installed(numbers))
+        try:
+            call.peer.write(call.address + start, call.data[start:end])
+        except Fault as fault:
+            return fault.errno
+        return error
+
+    def visible(self, offset: int, size: int) -> bytes:
+        """What the mapped pool shows."""
+        memory = self.handle.connection.pool.memory
+        return bytes(memory.visible[offset : offset + size])
+
+    def close(self) -> None:
+        self.closed = True
+        self.handle.close()
+        self.domain.check()
+
+    @property
+    def hung_up(self) -> bool:
+        return self.handle.hung_up
+
+    @property
+    def readable(self) -> bool:
+        return self.handle.readable
+
+    # --- BUS_MAKE, ENDPOINT_MAKE, HELLO
+
+    def bus_make(self, *items: bytes, flags: int = 0) -> bytes:
+        return self.ioctl(Command.BUS_MAKE, command(flags, *items))
+
+    def endpoint_make(self, *items: bytes, flags: int = 0) -> bytes:
+        return self.ioctl(Command.ENDPOINT_MAKE, command(flags, *items))
+
+    def endpoint_update(self, *items: bytes) -> bytes:
+        return self.ioctl(Command.ENDPOINT_UPDATE, command(0, *items))
+
+    def hello(
+        self,
+        *items: bytes,
+        flags: int = 0,
+        send: int = ATTACH_ALL,
+        recv: int = 0,
+        pool_size: int = POOL_SIZE,
+    ) -> bytes:
+        return self.ioctl(Command.HELLO, hello(*items, flags=flags, send=send, recv=recv,
+                                               pool_size=pool_size))
+
+
+def command(flags: int = 0, *items: bytes, fields: bytes = b"") -> bytes:
+    """A command's struct: size, flags, return_flags, *fields* and items."""
+    body = fields + b"".join(items)
+    return u64(24 + len(body), flags, GARBAGE) + body
+
+
+def hello(
+    *items: bytes,
+    flags: int = 0,
+    send: int = ATTACH_ALL,
+    recv: int = 0,
+    pool_size: int = POOL_SIZE,
+) -> bytes:
+    fields = u64(send, recv, GARBAGE, GARBAGE, pool_size, GARBAGE, GARBAGE, GARBAGE, GARBAGE)
+    return command(flags, *items, fields=fields)
+
+
+def message(
+    dst_id: int = 0,
+    *items: bytes,
+    flags: int = 0,
+    cookie: int = 1,
+    timeout: int = 0,
+    priority: int = 0,
+    src_id: int = 0,
+    payload_type: int = DBUS,
+) -> bytes:
+    """A struct kdbus_msg; *timeout* is cookie_reply as well."""
+    body = b"".join(items)
+    fields = (flags, priority, dst_id, src_id, payload_type, cookie, timeout)
+    return u64(64 + len(body), *fields) + body
+
+
+def send_command(address: int, *items: bytes, flags: int = 0) -> bytes:
+    return command(flags, *items, fields=u64(address, GARBAGE, GARBAGE, GARBAGE))
+
+
+class Client(File):
+    """A connection. Each command raises CommandError, or returns what is worth knowing."""
+
+    def __init__(
+        self,
+        bus: "Bus",
+        *items: bytes,
+        peer: FakePeer | None = None,
+        endpoint: str = "bus",
+        free: bool = True,
+        **options: Any,
+    ) -> None:
+        peer = peer if peer is not None else FakePeer(bus.owner.who.euid)
+        super().__init__(bus.domain, f"{bus.name}/{endpoint}", peer)
+        self.bus = bus
+        self.said = self.hello(*items, **options)
+        self.id, self.pool_size, offset = struct.unpack_from("=QQQ", self.said, 48)
+        if free:
+            self.free(offset)
+
+    @property
+    def connection(self) -> Any:
+        return self.handle.connection
+
+    @property
+    def memory(self) -> FakeMemory:
+        return self.connection.pool.memory
+
+    @contextmanager
+    def used_by(self, peer: FakePeer) -> Iterator["Client"]:
+        """Another process has the descriptor, as after fork(2)."""
+        before, self.peer = self.peer, peer
+        try:
+            yield self
+        finally:
+            self.peer = before
+
+    def byebye(self) -> None:
+        self.ioctl(Command.BYEBYE, command())
+
+    def free(self, offset: int) -> None:
+        self.ioctl(Command.FREE, command(fields=u64(offset)))
+
+    # --- names
+
+    def acquire(self, string: str, flags: int = 0) -> int:
+        """NAME_ACQUIRE; returns return_flags."""
+        return return_flags(self.ioctl(Command.NAME_ACQUIRE, command(flags, name(string))))
+
+    def release(self, string: str) -> None:
+        self.ioctl(Command.NAME_RELEASE, command(0, name(string)))
+
+    # --- matches
+
+    def match(self, *rules: bytes, cookie: int = 1, flags: int = 0) -> None:
+        self.ioctl(Command.MATCH_ADD, command(flags, *rules, fields=u64(cookie)))
+
+    def unmatch(self, cookie: int = 1) -> None:
+        self.ioctl(Command.MATCH_REMOVE, command(fields=u64(cookie)))
+
+    # --- sending
+
+    def send(
+        self,
+        to: "Client | int | str",
+        *items: bytes,
+        data: bytes | None = None,
+        command_items: tuple[bytes, ...] = (),
+        **fields: Any,
+    ) -> bytes:
+        """SEND to a client, an id, or a name; returns the command's struct."""
+        with self._message(to, *items, data=data, **fields) as address:
+            return self.ioctl(Command.SEND, send_command(address, *command_items))
+
+    def call(
+        self, to: "Client | int | str", *items: bytes, command_items: tuple[bytes, ...] = (),
+        timeout: int | None = None, **fields: Any,
+    ) -> Pending:
+        """SEND with SYNC_REPLY."""
+        if timeout is None:
+            timeout = self.domain.clock.now + SECOND
+        fields = {"flags": MsgFlag.EXPECT_REPLY, **fields}
+        with self._message(to, *items, timeout=timeout, **fields) as address:
+            argument = send_command(address, *command_items, flags=SendFlag.SYNC_REPLY)
+            return self.start(Command.SEND, self.peer.put(argument))
+
+    def request(self, to: "Client | int | str", *items: bytes, **fields: Any) -> bytes:
+        """SEND with EXPECT_REPLY; the answer comes as a message."""
+        fields.setdefault("timeout", self.domain.clock.now + SECOND)
+        return self.send(to, *items, flags=MsgFlag.EXPECT_REPLY, **fields)
+
+    def reply(self, to: "Client | int", cookie: int, *items: bytes, **fields: Any) -> bytes:
+        return self.send(to, *items, timeout=cookie, **fields)
+
+    def broadcast(self, *items: bytes, filter_: bytes | None = None, **fields: Any) -> bytes:
+        filter_ = filter_ if filter_ is not None else bloom()
+        return self.send(ID_ANY, filter_, *items, flags=MsgFlag.SIGNAL, **fields)
+
+    def signal(self, to: "Client | int | str", *items: bytes, **fields: Any) -> bytes:
+        return self.send(to, bloom(), *items, flags=MsgFlag.SIGNAL, **fields)
+
+    @contextmanager
+    def _message(
+        self, to: "Client | int | str", *items: bytes, data: bytes | None = None, **fields: Any
+    ) -> Iterator[int]:
+        chain = list(items)
+        dst_id = fields.pop("dst_id", 0)
+        if isinstance(to, str):
+            chain.insert(0, text(ItemType.DST_NAME, to))
+        else:
+            dst_id = to.id if isinstance(to, Client) else to
+        payload = self.peer.put(data) if data else 0
+        if payload:
+            chain.append(vec(payload, len(data or b"")))
+        with self.peer.holding(message(dst_id, *chain, **fields)) as address:
+            yield address
+        if payload:
+            self.peer.unmap(payload)
+
+    # --- receiving
+
+    def recv(self, flags: int = 0, priority: int = 0, *, free: bool = True) -> Received:
+        """RECV; the slice is freed at once unless told otherwise."""
+        argument = command(flags, fields=u64(priority, *[GARBAGE] * 4))
+        with self.peer.holding(argument) as address:
+            done = self.start(Command.RECV, address)
+            fields = struct.unpack("=QQQqQQQQ", done.struct())
+        if done.error:
+            raise CommandError(done.error, fields)  # type: ignore[arg-type]
+        _, _, returned, _, lost, offset, size, fd_flags = fields
+        got = Received(offset, self.visible(offset, size), returned, fd_flags, lost)
+        if free:
+            self.free(offset)
+        return got
+
+    def inbox(self) -> list[Received]:
+        """Everything that is queued."""
+        found = []
+        while self.connection.queue:
+            found.append(self.recv())
+        return found
+
+    def notifications(self) -> list[tuple[Any, ...]]:
+        return [m.notification for m in self.inbox()]
+
+    def cookies(self) -> list[int]:
+        return [m.cookie for m in self.inbox()]
+
+    def lost(self) -> int:
+        """How many messages it lost, as RECV tells when there is none."""
+        assert not self.connection.queue
+        if not self.readable:
+            return 0
+        argument = command(fields=u64(0, *[GARBAGE] * 4))
+        with self.peer.holding(argument) as address:
+            done = self.start(Command.RECV, address)
+            assert done.error == _errno.EAGAIN
+            fields = struct.unpack("=QQQqQQQQ", done.struct())
+        assert fields[2] == (2 if fields[4] else 0)
+        return int(fields[4])
+
+    # --- information
+
+    def info(
+        self, id_: int = 0, *items: bytes, kinds: int = ATTACH_ALL, free: bool = True,
+        code: int = Command.CONN_INFO,
+    ) -> "Info":
+        argument = command(0, *items, fields=u64(id_, kinds, GARBAGE, GARBAGE))
+        offset, size = struct.unpack_from("=QQ", self.ioctl(code, argument), 40)
+        raw = self.visible(offset, size)
+        if free:
+            self.free(offset)
+        return Info(offset, raw)
+
+    def creator_info(self, kinds: int = ATTACH_ALL) -> "Info":
+        return self.info(kinds=kinds, code=Command.BUS_CREATOR_INFO)
+
+    def list(self, flags: int) -> list[tuple[int, int, str | None, int]]:
+        """(id, HELLO flags, name or None, name flags) of each record."""
+        argument = command(flags, fields=u64(GARBAGE, GARBAGE))
+        offset, size = struct.unpack_from("=QQ", self.ioctl(Command.LIST, argument), 24)
+        raw = self.visible(offset, size)
+        self.free(offset)
+        found: list[tuple[int, int, str | None, int]] = []
+        while raw:
+            length, id_, hello_flags = struct.unpack_from("=QQQ", raw)
+            assert length % 8 == 0
+            items = parse_items(raw[24:length])
+            if items:
+                ((type_, payload),) = items
+                assert type_ == ItemType.OWNED_NAME
+                assert payload[-1:] == b"\0"
+                name_flags = struct.unpack_from("=Q", payload)[0]
+                found.append((id_, hello_flags, payload[8:-1].decode(), name_flags))
+            else:
+                found.append((id_, hello_flags, None, 0))
+            raw = raw[length:]
+        return found
+
+    def update(self, *items: bytes) -> None:
+        self.ioctl(Command.UPDATE, command(0, *items))
+
+
+@dataclass
+class Info:
+    """A struct kdbus_info."""
+
+    offset: int
+    raw: bytes
+
+    def __post_init__(self) -> None:
+        self.size, self.id, self.flags = struct.unpack_from("=QQQ", self.raw)
+        assert self.size == len(self.raw)
+        assert self.size % 8 == 0
+        self.items = parse_items(self.raw[24:])
+        self.types = [type_ for type_, _ in self.items]
+
+    def the(self, type_: int) -> bytes:
+        (payload,) = [payload for t, payload in self.items if t == type_]
+        return payload
+
+    def numbers(self, type_: int) -> tuple[int, ...]:
+        payload = self.the(type_)
+        return struct.unpack(f"={len(payload) // 8}Q", payload)
+
+
+def return_flags(result: bytes) -> int:
+    return int(struct.unpack_from("=Q", result, 16)[0])
+
+
+class Bus:
+    """A bus and the file that keeps it alive."""
+
+    def __init__(
+        self,
+        domain: "FakeDomain",
+        owner: FakePeer,
+        string: str = "test",
+        *items: bytes,
+        flags: int = 0,
+        bloom_size: int = BLOOM_SIZE,
+    ) -> None:
+        self.domain = domain
+        self.owner = owner
+        self.name = f"{owner.who.euid}-{string}"
+        self.file = File(domain, "control", owner)
+        self.file.bus_make(
+            text(ItemType.MAKE_NAME, self.name), bloom_parameter(bloom_size), *items, flags=flags
+        )
+
+    @property
+    def core(self) -> CoreBus:
+        core = self.file.handle.bus
+        assert core is not None
+        return core
+
+    def hello(self, *items: bytes, **options: Any) -> Client:
+        """An ordinary connection; of the bus's owner unless *peer* says otherwise."""
+        return Client(self, *items, **options)
+
+    def activator(self, string: str, *policy: bytes, **options: Any) -> Client:
+        return self.special(HelloFlag.ACTIVATOR, name(string), *policy, **options)
+
+    def holder(self, string: str, *policy: bytes, **options: Any) -> Client:
+        return self.special(HelloFlag.POLICY_HOLDER, name(string), *policy, free=False, **options)
+
+    def monitor(self, **options: Any) -> Client:
+        return self.special(HelloFlag.MONITOR, **options)
+
+    def special(self, kind: int, *items: bytes, flags: int = 0, **options: Any) -> Client:
+        return Client(self, *items, flags=kind | flags, **options)
+
+    def endpoint(self, string: str = "1000-custom", *policy: bytes) -> File:
+        """A custom endpoint, made by the bus's owner, with this policy."""
+        file = File(self.domain, f"{self.name}/bus", self.owner)
+        file.endpoint_make(text(ItemType.MAKE_NAME, string))
+        file.endpoint_update(*policy)
+        return file
+
+    def open(self, path: str = "bus", peer: FakePeer | None = None) -> File:
+        return File(self.domain, f"{self.name}/{path}", peer or self.owner)
+
+    def owner_of(self, string: str) -> int | None:
+        owner = self.core.names.owner_of(string.encode())
+        return owner.id if owner else None
+
+
+def bloom_parameter(size: int = BLOOM_SIZE, n_hash: int = 1) -> bytes:
+    return item(ItemType.BLOOM_PARAMETER, u64(size, n_hash))
+
+
+class FakeDomain:
+    """A domain with a clock that stands still."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.core = Domain(self.clock, HOME_USERS)
+        self.files: list[File] = []
+
+    def node(self, path: str) -> Any:
+        node = self.core.root
+        for part in path.split("/"):
+            node = node.children[part]
+        return node
+
+    def paths(self) -> set[str]:
+        """Every file there is."""
+        return {
+            f"{directory.name}/{name_}"
+            for directory in self.core.root.children.values()
+            for name_ in directory.children
+        }
+
+    def make_bus(self, string: str = "test", *items: bytes, uid: int = 1000, **options: Any) -> Bus:
+        return Bus(self, FakePeer(uid), string, *items, **options)
+
+    def advance(self, ns: int) -> None:
+        """Let time pass."""
+        self.clock.now += ns
+        self.core.expire()
+        self.check()
+
+    def check(self) -> None:
+        """Assert what must hold between any two calls, in all of the domain."""
+        self.core.check()
+
+    def end(self) -> None:
+        """Close every file and assert that nothing is left behind."""
+        for file in self.files:
+            if not file.closed:
+                file.close()
+        assert not self.paths()
+        assert self.core.next_deadline() is None
+        for user in self.core._users.values():
+            assert user.n_connections == 0
+            assert user.n_buses == 0
+
+
+def pollable() -> FakeFile:
+    return FakeFile()
