@@ -125,9 +125,17 @@ class Call(Argument):
     ends the wait calls `complete(call, errno)`.
     """
 
-    __slots__ = ("code", "read", "store", "store_on_error", "complete", "wait", "fds")
+    __slots__ = ("code", "read", "store", "store_on_error", "complete", "wait", "fds", "origin")
 
-    def __init__(self, code: int, form: Form, peer: Peer, address: int) -> None:
+    def __init__(
+        self,
+        code: int,
+        form: Form,
+        peer: Peer,
+        address: int,
+        complete: Callable[[Call, int], None] | None = None,
+        origin: Any = None,
+    ) -> None:
         # Argument's part, said again: a call of super().__init__ would cost as much as it does.
         self.form = form
         self.peer = peer
@@ -142,7 +150,9 @@ class Call(Argument):
         self.store = (16, 24)
         """Which bytes of the struct the caller gets back when the command succeeds."""
         self.store_on_error = (16, 24)
-        self.complete: Callable[[Call, int], None] | None = None
+        self.complete = complete
+        self.origin = origin
+        """What the shell remembers of the request this came as."""
         self.wait: Any = None
         """The reply this call waits for, while it is PENDING."""
         self.fds: Any = None

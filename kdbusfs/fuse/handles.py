@@ -85,15 +85,6 @@ class OpenFile:
         return self.memory
 
 
-class FuseCall(Call):
-    """A command that came as request *unique*."""
-
-    __slots__ = ("file", "unique")
-
-    file: OpenFile
-    unique: int
-
-
 class Handles:
     """All open files of a mount. *device* is /dev/fuse, *watcher* watches cancel descriptors."""
 
@@ -115,9 +106,10 @@ class Handles:
         self._files: dict[int, OpenFile] = {}
         self._open_nodeids: set[int] = set()
         self._next_fh = 1
-        self._waiting: dict[int, FuseCall] = {}
-        """Calls that are PENDING, by the unique of their request."""
-        self._current: FuseCall | None = None
+        self._waiting: dict[int, Call] = {}
+        """Calls that are PENDING, by the unique of their request. The origin of a call is its
+        (OpenFile, unique)."""
+        self._current: Call | None = None
         """The call whose request is being handled."""
         self.reply: Buffer = b""
         """Its answer, if that is ready: the router writes it as it goes for the next request."""
@@ -215,11 +207,9 @@ class Handles:
             self._reply(unique, ENOTTY)
             self._traced("IOCTL", (uid, gid, tid), ENOTTY, f"{code:#x} fh={fh}")
             return
-        call = FuseCall(code, form, Process(tid, uid, gid, self._watcher), address)
-        call.file = file
-        call.unique = unique
+        peer = Process(tid, uid, gid, self._watcher)
+        call = Call(code, form, peer, address, self._complete, (file, unique))
         self._current = call
-        call.complete = self._complete
         why = None
         try:
             if file.handle.execute(call, request[IOCTL_AT : IOCTL_AT + in_size]) == PENDING:
@@ -244,14 +234,13 @@ class Handles:
         self._answer(call, error, why)
 
     def _complete(self, call: Call, error: int) -> None:
-        assert isinstance(call, FuseCall)
-        self._waiting.pop(call.unique, None)
+        self._waiting.pop(call.origin[1], None)
         if error == EINTR:
             self._restart(call)
         else:
             self._answer(call, error)
 
-    def _answer(self, call: FuseCall, error: int, why: CommandError | None = None) -> None:
+    def _answer(self, call: Call, error: int, why: CommandError | None = None) -> None:
         """Store the results of *call* in its caller's memory and let it go."""
         delivery: Delivery | None = call.fds
         if delivery is not None and not error:
@@ -265,9 +254,9 @@ class Handles:
         if self._trace is not None:
             self._trace.call(call, error, why)
 
-    def _result(self, call: FuseCall, error: int) -> bytes:
+    def _result(self, call: Call, error: int) -> bytes:
         """The reply to *call*; what FUSE does not carry back itself has been written."""
-        unique = call.unique
+        unique = call.origin[1]
         if not call.read:
             return wire.OUT_HEADER.pack(OUT_HEADER_SIZE, -error, unique)
         start, end = call.store_on_error if error else call.store
@@ -282,8 +271,8 @@ class Handles:
 
     # --- descriptors for the caller
 
-    def _deliver(self, call: FuseCall, delivery: Delivery) -> None:
-        connection = call.file.handle.connection
+    def _deliver(self, call: Call, delivery: Delivery) -> None:
+        connection = call.origin[0].handle.connection
         assert connection is not None
         if call.code in _BY_SOCKET and isinstance(connection.fd_socket, FileDescriptor):
             complete = self._send_fds(connection.fd_socket, delivery)
@@ -313,11 +302,11 @@ class Handles:
             ours.close()
         return True
 
-    def _put_return_flags(self, call: FuseCall, flags: int) -> None:
+    def _put_return_flags(self, call: Call, flags: int) -> None:
         """Set msg.return_flags (RECV) or reply.return_flags (SEND)."""
         U64.pack_into(call.data, call.store[1] - 8, flags)
 
-    def _install(self, call: FuseCall, delivery: Delivery, reply: bytes) -> None:
+    def _install(self, call: Call, delivery: Delivery, reply: bytes) -> None:
         """In a worker: answer the call and put descriptors into its caller's table."""
         fds = [d.fd for d in delivery.descriptors if isinstance(d, FileDescriptor)]
         numbers = ffi.new("int32_t[]", [-1] * max(len(fds), 1))
@@ -355,15 +344,15 @@ class Handles:
         (unique,) = U64.unpack_from(request, IN_HEADER_SIZE)
         call = self._waiting.get(unique)
         if call is not None:
-            connection = call.file.handle.connection
+            connection = call.origin[0].handle.connection
             assert connection is not None
             connection.bus.interrupt(call)
 
-    def _restart(self, call: FuseCall) -> None:
+    def _restart(self, call: Call) -> None:
         reply = self._result(call, EINTR)
         self._workers.submit(self._restart_in_worker, call, reply)
 
-    def _restart_in_worker(self, call: FuseCall, reply: bytes) -> None:
+    def _restart_in_worker(self, call: Call, reply: bytes) -> None:
         """Answer with EINTR in such a way that the kernel restarts the call where it should."""
         error = lib.kdbusfs_interrupt(
             self._device, reply, len(reply), call.peer.tid, _TRACER_TIMEOUT_NS

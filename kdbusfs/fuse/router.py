@@ -140,7 +140,8 @@ class Router:
     def run(self) -> None:
         """Answer requests until the file system is unmounted."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        domain, watches, buffer = self._domain, self._watches, self._buffer
+        domain, watches, handles = self._domain, self._watches, self._handles
+        buffer = self._buffer
         device, spin = self._device, self._spin_ns
         pointer, size = ffi.from_buffer(buffer), len(buffer)
         view = memoryview(buffer)
@@ -148,12 +149,16 @@ class Router:
         try:
             while True:
                 if self._backlog:
+                    self._write_reply()
                     request = self._backlog.popleft()
                     self._dispatch(memoryview(request), len(request))
                     continue
                 deadline = domain.next_deadline()
                 timeout = -1 if deadline is None else max(deadline - monotonic(), 0)
-                n = next_request(device, watches.fileno(), pointer, size, timeout, spin)
+                reply, handles.reply = handles.reply, b""
+                n = next_request(
+                    device, reply, len(reply), watches.fileno(), pointer, size, timeout, spin
+                )
                 if n > 0:
                     self._dispatch(view, n)
                 elif n == -errno.ENODEV:
@@ -165,6 +170,11 @@ class Router:
                     raise OSError(-n, os.strerror(-n))
         finally:
             self._close()
+
+    def _write_reply(self) -> None:
+        reply, self._handles.reply = self._handles.reply, b""
+        if reply:
+            self._write(reply)
 
     def _close(self) -> None:
         self._handles.close()
@@ -334,7 +344,8 @@ class Router:
         done = self._storer.submit(nodeid, offset, data)
         buffer = bytearray(_BUFFER_SIZE)
         while not self._storer.is_done():
-            n = lib.kdbusfs_next(self._device, done, ffi.from_buffer(buffer), len(buffer), -1, 0)
+            pointer, size = ffi.from_buffer(buffer), len(buffer)
+            n = lib.kdbusfs_next(self._device, b"", 0, done, pointer, size, -1, 0)
             if n <= 0:
                 if n == -errno.ENODEV:
                     return

@@ -23,7 +23,7 @@ from ..abi.numbers import (
 from ..abi.structs import U64
 
 if TYPE_CHECKING:
-    from .handles import FuseCall
+    from ..bus.call import Call
 
 log = logging.getLogger("kdbusfs.trace")
 
@@ -62,10 +62,11 @@ class Trace:
         reason = f" ({why.why})" if why is not None and why.why else ""
         log.debug("%s tid=%d uid=%d %s = %s%s", name, tid, uid, text, errno_name(error), reason)
 
-    def call(self, call: FuseCall, error: int, why: CommandError | None = None) -> None:
+    def call(self, call: Call, error: int, why: CommandError | None = None) -> None:
         """One command."""
-        words = [f"fh={call.file.fh}"]
-        connection = call.file.handle.connection
+        file, _ = call.origin
+        words = [f"fh={file.fh}"]
+        connection = file.handle.connection
         if connection is not None:
             words.append(f"id={connection.id}")
         family = _FLAGS.get(call.code)

@@ -35,17 +35,24 @@ static void set_blocking(int device, int on)
 }
 
 /*
+ * Writes @reply, the answer to the request before, if there is one, and waits for the next:
+ * two things in one call, since each entry from Python costs as much as a small system call.
+ *
  * Returns the bytes read, 0 if the timeout passed (-1: none) or @events (-1: none) is readable,
  * -errno otherwise. With nothing but the device to wait for, and no spinning, a blocking read
  * does it all, which saves a system call a request.
  */
-int64_t kdbusfs_next(int device, int events, void *buffer, uint64_t size, int64_t timeout_ns, int64_t spin_ns)
+int64_t kdbusfs_next(int device, const void *reply, uint64_t reply_size, int events,
+		     void *buffer, uint64_t size, int64_t timeout_ns, int64_t spin_ns)
 {
 	int plain = events < 0 && timeout_ns < 0 && spin_ns <= 0;
 	struct pollfd fds[2] = { { device, POLLIN, 0 }, { events, POLLIN, 0 } };
 	struct timespec ts = { timeout_ns / 1000000000LL, timeout_ns % 1000000000LL };
 	ssize_t n;
 
+	/* ENOENT: the caller is gone, or the mount */
+	if (reply_size && write(device, reply, reply_size) < 0 && errno != ENOENT && errno != ENODEV)
+		return -errno;
 	if (plain != blocking)
 		set_blocking(device, plain);
 	if (plain) {

@@ -2,4 +2,5 @@
 /*
  * Waiting for the next request on /dev/fuse.
  */
-int64_t kdbusfs_next(int device, int events, void *buffer, uint64_t size, int64_t timeout_ns, int64_t spin_ns);
+int64_t kdbusfs_next(int device, const void *reply, uint64_t reply_size, int events,
+		     void *buffer, uint64_t size, int64_t timeout_ns, int64_t spin_ns);
