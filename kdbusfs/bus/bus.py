@@ -444,8 +444,7 @@ class Bus:
                 reply.retarget(new)
         for queued in [e for e in old.queue if e.name is entry]:
             old.dequeue(queued)
-            moved = new.adopt(queued, old)
-            if moved is None:
+            if not new.adopt(queued, old):
                 new.lose()
         new.wake()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from copy import copy
 from errno import EAGAIN, ECOMM, ECONNRESET
 from typing import TYPE_CHECKING
 
@@ -68,12 +67,6 @@ class QueueEntry:
         self.copy: bytes | None = None
         """The slice's bytes, kept where the message may have to move on to another pool, since
         its receiver could have tampered with its own. The payload may be missing, see `stage`."""
-
-    def moved(self, slice_: Slice) -> QueueEntry:
-        """The same message in a *slice_* of another pool."""
-        twin = copy(self)
-        twin.slice = slice_
-        return twin
 
 
 class Delivery:
@@ -314,24 +307,25 @@ class Connection:
         self.pool.publish(entry.slice)
         return delivery
 
-    def adopt(self, entry: QueueEntry, old: Connection) -> QueueEntry | None:
-        """Message migration: queue what *old* has just dequeued. None if it could not be; the
+    def adopt(self, entry: QueueEntry, old: Connection) -> bool:
+        """Message migration: queue what *old* has just dequeued. False if it could not be; the
         message is gone then, and its sender learns nothing."""
-        moved = None
+        old_slice, slice_ = entry.slice, None
         if not entry.fds or self.flags & ACCEPT_FD:
             try:
-                moved = self._stage_copy(entry, old)
+                slice_ = self._stage_copy(entry, old)
             except CommandError:
                 pass
-        if moved is not None:
-            self.queue.append(moved)
+        old.quota.discharge(entry.user, entry.size, len(entry.fds))
+        old.pool.release(old_slice)
+        if slice_ is not None:
+            entry.slice = slice_
+            self.queue.append(entry)
         elif entry.reply is not None:
             entry.reply.unqueue()
-        old.quota.discharge(entry.user, entry.size, len(entry.fds))
-        old.pool.release(entry.slice)
-        return moved
+        return slice_ is not None
 
-    def _stage_copy(self, entry: QueueEntry, old: Connection) -> QueueEntry:
+    def _stage_copy(self, entry: QueueEntry, old: Connection) -> Slice:
         content = entry.copy
         assert content is not None
         missing = entry.size - len(content)
@@ -344,7 +338,7 @@ class Connection:
             self.quota.discharge(entry.user, entry.size, len(entry.fds))
             raise
         self.pool.memory.write(slice_.offset, content)
-        return entry.moved(slice_)
+        return slice_
 
     def check(self) -> None:
         """Assert what must hold between any two calls."""
