@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bus.fakes import HOME_USERS, FakeClock, FakeFile, FakeMemory, FakePeer
+from bus.fakes import HOME_USERS, FakeClock, FakeMemory, FakePeer
 from kdbusfs.abi.commands import FORMS
 from kdbusfs.abi.errors import CommandError, Fault
 from kdbusfs.abi.numbers import ATTACH_ALL, ID_ANY, Command, HelloFlag, ItemType, MsgFlag, SendFlag
@@ -261,9 +261,9 @@ class File:
         pending = Pending(self, call)
         # The kernel brings and takes what direction and size in the code say.
         brought = b""
-        if code & 0x40000000:
-            brought = self.peer.read(address, code >> 16 & 0x3FFF)
         try:
+            if code & 0x40000000:
+                brought = self.peer.read(address, code >> 16 & 0x3FFF)
             result = self.handle.execute(call, brought)
         except CommandError as error:
             pending.error = self.store(call, error.errno)
@@ -326,8 +326,8 @@ class File:
         recv: int = 0,
         pool_size: int = POOL_SIZE,
     ) -> bytes:
-        return self.ioctl(Command.HELLO, hello(*items, flags=flags, send=send, recv=recv,
-                                               pool_size=pool_size))
+        argument = hello(*items, flags=flags, send=send, recv=recv, pool_size=pool_size)
+        return self.ioctl(Command.HELLO, argument)
 
 
 def command(flags: int = 0, *items: bytes, fields: bytes = b"") -> bytes:
@@ -442,8 +442,12 @@ class Client(File):
             return self.ioctl(Command.SEND, send_command(address, *command_items))
 
     def call(
-        self, to: "Client | int | str", *items: bytes, command_items: tuple[bytes, ...] = (),
-        timeout: int | None = None, **fields: Any,
+        self,
+        to: "Client | int | str",
+        *items: bytes,
+        command_items: tuple[bytes, ...] = (),
+        timeout: int | None = None,
+        **fields: Any,
     ) -> Pending:
         """SEND with SYNC_REPLY."""
         if timeout is None:
@@ -531,7 +535,11 @@ class Client(File):
     # --- information
 
     def info(
-        self, id_: int = 0, *items: bytes, kinds: int = ATTACH_ALL, free: bool = True,
+        self,
+        id_: int = 0,
+        *items: bytes,
+        kinds: int = ATTACH_ALL,
+        free: bool = True,
         code: int = Command.CONN_INFO,
     ) -> "Info":
         argument = command(0, *items, fields=u64(id_, kinds, GARBAGE, GARBAGE))
@@ -703,7 +711,3 @@ class FakeDomain:
         for user in self.core._users.values():
             assert user.n_connections == 0
             assert user.n_buses == 0
-
-
-def pollable() -> FakeFile:
-    return FakeFile()
