@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 _BUFFER_SIZE = 1 << 18
 _MAX_WRITE = 65536
 _MAX_BACKGROUND = 65535
+_LONGEST_WAIT_NS = 3600 * 10**9
+"""A deadline may be any 64-bit number, centuries ahead; a wait that ends too soon does no harm."""
 _PROTOCOL_MINOR = 40
 _SHOWN_MINOR = 13
 """What pyfuse3's library is shown: from 7.14 on it splices, which a socket can't do."""
@@ -154,7 +156,9 @@ class Router:
                     self._dispatch(memoryview(request), len(request))
                     continue
                 deadline = domain.next_deadline()
-                timeout = -1 if deadline is None else max(deadline - monotonic(), 0)
+                timeout = -1
+                if deadline is not None:
+                    timeout = min(max(deadline - monotonic(), 0), _LONGEST_WAIT_NS)
                 reply, handles.reply = handles.reply, b""
                 n = next_request(
                     device, reply, len(reply), watches.fileno(), pointer, size, timeout, spin
