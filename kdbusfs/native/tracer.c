@@ -557,6 +557,24 @@ static int carrier_socket_above(TracerCarrier *carrier, TracerTarget *t)
 }
 
 /*
+ * Let go of the lowest free number, which the socket has got: programs expect the first
+ * descriptor of a message there. Without room further up it stays where it is.
+ */
+static int carrier_step_aside(TracerCarrier *carrier, TracerTarget *t, size_t n_fds)
+{
+	long number;
+	int r;
+
+	r = TARGET_CALL(t, &number, SYS_fcntl, carrier->number, F_DUPFD_CLOEXEC,
+			carrier->number + n_fds + TRACER_SPARE_SLOTS);
+	if (r < 0 || number < 0)
+		return r;
+	r = carrier_close(carrier, t);
+	carrier->number = number;
+	return r;
+}
+
+/*
  * Take hold of the socket and make it its own and only peer. What others sent to
  * its name before it was connected goes away.
  */
@@ -690,6 +708,8 @@ static void target_install(TracerTarget *t, Tracer *tracer)
 		_cleanup_(carrier_deinit) TracerCarrier carrier = TRACER_CARRIER_NULL;
 
 		r = above ? carrier_socket_above(&carrier, t) : carrier_socket(&carrier, t);
+		if (r >= 0 && !above)
+			r = carrier_step_aside(&carrier, t, tracer->n_fds);
 		if (r >= 0)
 			r = carrier_connect(&carrier, t);
 		if (r >= 0)
