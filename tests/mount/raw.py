@@ -17,7 +17,7 @@ import os
 import select
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -393,7 +393,8 @@ class Connection(File):
         self.id128 = unpacked[10]
         self.offset, self.items_size = unpacked[8:10]
         self._pool: Mapping | None = None
-        self.free(self.offset)
+        if not flags & HelloFlag.POLICY_HOLDER:
+            self.free(self.offset)
 
     @property
     def pool(self) -> Mapping:
@@ -408,6 +409,14 @@ class Connection(File):
             assert self._pool is not None
             self._pool.unmap()
             self._pool = None
+
+    def close_others(self, root: str | Path) -> None:
+        """In a forked child: close what it inherited of the domain at *root*, but for this."""
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):
+                is_node = os.readlink(f"/proc/self/fd/{name}").startswith(f"{root}/")
+                if is_node and int(name) != self.fd:
+                    os.close(int(name))
 
     # --- messages
 
