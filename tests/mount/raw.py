@@ -85,13 +85,13 @@ def ioctl(fd: int, code: int, address: int) -> int:
 class Memory:
     """Bytes at an address that is a multiple of 8 and stays the same."""
 
-    def __init__(self, data: bytes | int) -> None:
+    def __init__(self, data: bytes | bytearray | int) -> None:
         size = data if isinstance(data, int) else len(data)
         self.size = size
         self._words = (ctypes.c_uint64 * (align8(max(size, 1)) // 8))()
         self.address = ctypes.addressof(self._words)
-        if isinstance(data, bytes):
-            ctypes.memmove(self.address, data, size)
+        if not isinstance(data, int):
+            ctypes.memmove(self.address, bytes(data), size)
 
     def __bytes__(self) -> bytes:
         return ctypes.string_at(self.address, self.size)
@@ -136,6 +136,13 @@ class Mapping:
     @classmethod
     def anonymous(cls, size: int) -> Mapping:
         return cls(-1, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANON)
+
+
+def execute(fd: int, code: int, argument: bytes) -> Memory:
+    """ioctl(2) with *argument* as it is; returns it as it is afterwards."""
+    memory = Memory(argument)
+    ioctl(fd, code, memory.address)
+    return memory
 
 
 # --- what messages are made of
