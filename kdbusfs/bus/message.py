@@ -361,9 +361,10 @@ class Message:
         if facts is None:
             facts = self._facts = Facts()
         reference = receiver.reference
-        if reference.pid_namespace.level:
+        namespace = reference.pid_namespace
+        if namespace.level or namespace.hidepid_group is not None:
             self._gather(facts, _PIDS)
-            if not facts.visible(reference):
+            if not facts.visible(receiver):
                 wanted &= self.sender.attach_flags_send | IMPLICIT
         self._gather(facts, wanted)
         return facts.items(wanted, reference, self.peer)

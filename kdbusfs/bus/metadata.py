@@ -9,8 +9,8 @@ A kind whose source does not exist stays None and gives no item.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..abi.items import build, build_string
@@ -18,6 +18,7 @@ from ..abi.numbers import ATTACH_ALL, AttachFlag, ItemType
 from ..abi.structs import AUDIT, CREDS, PIDS, U32, U64
 
 if TYPE_CHECKING:
+    from .connection import Connection
     from .peer import Peer
 
 OVERFLOW_ID = 65534
@@ -38,7 +39,11 @@ IMPLICIT = _CREDS | _PIDS | _AUXGROUPS | _NAMES | _DESCRIPTION | _TIMESTAMP
 """The kinds that a sender can't withhold from the receivers of its messages."""
 
 
-@dataclass(frozen=True, slots=True)
+Ranges = tuple[tuple[int, int, int], ...]
+"""(first id inside, first id outside, count) of each line of an id map."""
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class UserNamespace:
     """A user namespace as seen from the domain's, whose own has no parent (user_namespaces(7))."""
 
@@ -46,23 +51,41 @@ class UserNamespace:
     parent: UserNamespace | None = None
     owner: int = 0
     """Effective uid of whoever made it."""
-    uids: tuple[tuple[int, int, int], ...] = ()
-    """(first id inside, first id outside, count) ranges; unused where there is no parent."""
-    gids: tuple[tuple[int, int, int], ...] = ()
+    uids: Ranges = ()
+    """Unused where there is no parent."""
+    gids: Ranges = ()
+    read_maps: Callable[[], tuple[Ranges, Ranges]] | None = None
+    """Reads both maps, asked as long as one is empty: each is written once, at any time."""
+
+    def _look_up(self) -> None:
+        if self.read_maps is not None and not (self.uids and self.gids):
+            self.uids, self.gids = self.read_maps()
 
     def uid(self, uid: int, unmapped: int = OVERFLOW_ID) -> int:
         """What a uid of the domain is called in here."""
-        return uid if self.parent is None else _inside(self.uids, uid, unmapped)
+        if self.parent is None:
+            return uid
+        self._look_up()
+        return _inside(self.uids, uid, unmapped)
 
     def gid(self, gid: int, unmapped: int = OVERFLOW_ID) -> int:
-        return gid if self.parent is None else _inside(self.gids, gid, unmapped)
+        if self.parent is None:
+            return gid
+        self._look_up()
+        return _inside(self.gids, gid, unmapped)
 
     def outer_uid(self, uid: int) -> int | None:
         """What a uid of in here is called in the domain, None if nothing."""
-        return _outside(self.uids, uid) if self.parent is not None else uid
+        if self.parent is None:
+            return uid
+        self._look_up()
+        return _outside(self.uids, uid)
 
     def outer_gid(self, gid: int) -> int | None:
-        return _outside(self.gids, gid) if self.parent is not None else gid
+        if self.parent is None:
+            return gid
+        self._look_up()
+        return _outside(self.gids, gid)
 
     def below(self, ancestor: UserNamespace) -> UserNamespace | None:
         """The namespace directly under *ancestor* on the way down to this one, if there is one."""
@@ -88,11 +111,15 @@ def _outside(ranges: Iterable[tuple[int, int, int]], inner: int) -> int | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class PidNamespace:
     """A PID namespace: the ids of the ones above it, the domain's first, and its own last."""
 
     chain: tuple[int, ...]
+    hidepid_group: int | None = None
+    """The group that sees foreign processes in /proc; None: everybody does."""
+    pin: object = field(default=None, repr=False)
+    """Keeps its id from being given to another namespace."""
 
     @property
     def level(self) -> int:
@@ -169,14 +196,19 @@ class Facts:
         self.user_namespace: UserNamespace | None = None
         self.pid_namespace: PidNamespace | None = None
 
-    def visible(self, reference: Reference) -> bool:
-        """Whether the reader could find this process in its own /proc."""
+    def visible(self, reader: Connection) -> bool:
+        """Whether the reader could find this process in its own /proc (proc(5), hidepid)."""
         pids, home = self.pids, self.pid_namespace
-        if reference.pid_namespace.level == 0:
+        namespace = reader.reference.pid_namespace
+        if pids is None:
+            return False
+        if namespace.level and (home is None or not namespace.number(pids[1], home)):
+            return False
+        group = namespace.hidepid_group
+        if group is None or reader.opener.egid == group:
             return True
-        return pids is not None and home is not None and (
-            reference.pid_namespace.number(pids[1], home) != 0
-        )
+        own = reader.facts.pids
+        return own is not None and own[1] == pids[1]
 
     def items(self, kinds: int, reference: Reference, caller: Peer) -> list[bytes]:
         """The items of these *kinds* for the reader, in the order kdbus has them. EXE is told
@@ -195,8 +227,10 @@ class Facts:
         if not kinds & ~(_CREDS | _PIDS | _AUXGROUPS):
             return found
         exe = self.exe
-        if kinds & AttachFlag.EXE and exe is not None and caller.root() != reference.root:
-            exe = None
+        if kinds & AttachFlag.EXE and exe is not None:
+            root = caller.root()
+            if root is None or root != reference.root:
+                exe = None
         for flag, type_, text in (
             (AttachFlag.TID_COMM, ItemType.TID_COMM, self.tid_comm),
             (AttachFlag.PID_COMM, ItemType.PID_COMM, self.pid_comm),

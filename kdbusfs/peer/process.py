@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Sequence
 from errno import EBADF
 
-from ..abi.errors import CommandError, Fault
+from ..abi.errors import CommandError
 from ..abi.items import Buffer
 from ..abi.numbers import AttachFlag
 from ..bus.metadata import Facts, PidNamespace
@@ -17,8 +17,9 @@ from ..native import ffi, lib
 from . import procfs
 from .descriptors import FileDescriptor, Watcher
 from .memory import PoolMemory
-from .namespaces import OWN_USER, pid_namespace, user_namespace
+from .namespaces import OWN_USER, own_number, pid_namespace, user_namespace
 from .procfs import CAP_IPC_OWNER, Status
+from .turn import Operation, fail
 
 _STATUS = int(
     AttachFlag.CREDS | AttachFlag.PIDS | AttachFlag.AUXGROUPS | AttachFlag.CAPS
@@ -55,34 +56,35 @@ class Process:
     def read(self, address: int, size: int) -> bytes:
         if size > len(_scratch):
             data = bytearray(size)
-            if _vm_read(self.tid, address, _from_buffer(data), size) < 0:
-                raise Fault
+            if (error := _vm_read(self.tid, address, _from_buffer(data), size)) < 0:
+                fail(error)
             return bytes(data)
-        if _vm_read(self.tid, address, _scratch_pointer, size) < 0:
-            raise Fault
+        if (error := _vm_read(self.tid, address, _scratch_pointer, size)) < 0:
+            fail(error)
         return bytes(_scratch[:size])
 
     def read_some(self, address: int, size: int) -> bytearray:
         n = _vm_read_some(self.tid, address, _scratch_pointer, size)
         if n < 0:
-            raise Fault
+            fail(n)
         return _scratch[:n]
 
     def write(self, address: int, data: Buffer) -> None:
-        if _vm_write(self.tid, address, _from_buffer(data), len(data)) < 0:
-            raise Fault
+        if (error := _vm_write(self.tid, address, _from_buffer(data), len(data))) < 0:
+            fail(error)
 
     def fill(self, memory: Memory, offset: int, segments: Sequence[tuple[int, int]]) -> None:
         assert isinstance(memory, PoolMemory)
         to = memory.pointer + offset
         if len(segments) == 1 and segments[0][0]:
             address, size = segments[0]
-            if _vm_read(self.tid, address, to, size) < 0:
-                raise Fault
+            if (error := _vm_read(self.tid, address, to, size)) < 0:
+                fail(error)
             return
         pairs = array("Q", [n for segment in segments for n in segment])
-        if _vm_fill(self.tid, to, _from_buffer("uint64_t[]", pairs), len(segments)) < 0:
-            raise Fault
+        pointer = _from_buffer("uint64_t[]", pairs)
+        if (error := _vm_fill(self.tid, to, pointer, len(segments))) < 0:
+            fail(error)
 
     # --- identity
 
@@ -99,6 +101,11 @@ class Process:
             raise CommandError(EBADF, f"no /proc/{self.tid}")
         users = user_namespace(self.tid)
         uids, gids = status.uids(), status.gids()
+        if uids[3] != self.uid or gids[3] != self.gid:
+            # The call is made with other credentials than the thread's own (io_uring's
+            # personalities, overlayfs). Of those the request tells all that can be known.
+            nobody: frozenset[int] = frozenset()
+            return Credentials(self.uid, self.uid, self.gid, self.gid, nobody, False, users)
         return Credentials(
             uids[0],
             uids[1],
@@ -113,32 +120,30 @@ class Process:
         return pid_namespace(self.tid)
 
     def root(self) -> object:
-        """Mount and directory that `/` is for it."""
+        """Mount and directory that `/` is for it, None if that can't be told.
+
+        The directory may be in a file system that a user serves, so nothing is asked of it.
+        """
         try:
             fd = os.open(f"/proc/{self.tid}/root", os.O_PATH | os.O_CLOEXEC)
         except OSError:
             return None
         try:
-            st = os.fstat(fd)
             with open(f"/proc/self/fdinfo/{fd}") as file:
-                mount = next(line for line in file if line.startswith("mnt_id"))
-            return mount, st.st_dev, st.st_ino
+                known = [line for line in file if line.startswith(("mnt_id", "ino"))]
+            return (*known, os.readlink(f"/proc/self/fd/{fd}"))
         finally:
             os.close(fd)
 
     def find_process(self, pid: int) -> tuple[int, ...] | None:
-        level = self.pid_namespace().level
-        if level == 0:
+        namespace = self.pid_namespace()
+        if namespace.level == 0:
             return Status(pid).numbers(b"NSpid") or None
-        # Numbers of an inner namespace can only be searched for.
-        chain = self.pid_namespace().chain
-        for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                numbers = Status(int(entry)).numbers(b"NSpid")
-                matches = len(numbers) > level and numbers[level] == pid
-                if matches and pid_namespace(int(entry)).chain[: level + 1] == chain:
-                    return numbers
-        return None
+        try:
+            own = own_number(pid, namespace)
+        except OSError:
+            return _search_process(pid, namespace)
+        return Status(own).numbers(b"NSpid") or None if own else None
 
     def gather(self, facts: Facts, kinds: int) -> None:
         tid = self.tid
@@ -146,15 +151,15 @@ class Process:
             self._gather_status(facts, kinds)
         if not kinds & ~_STATUS:
             return
-        pid = self.status.numbers(b"Tgid")[0] if kinds & _OF_PROCESS else tid
+        # Not of the process's first thread, which may have exited.
         if kinds & AttachFlag.TID_COMM:
             facts.tid_comm = procfs.comm(tid)
         if kinds & AttachFlag.PID_COMM:
-            facts.pid_comm = procfs.comm(pid)
+            facts.pid_comm = procfs.comm(self.status.numbers(b"Tgid")[0])
         if kinds & AttachFlag.EXE:
-            facts.exe = procfs.readlink(pid, "exe")
+            facts.exe = procfs.readlink(tid, "exe")
         if kinds & AttachFlag.CMDLINE:
-            facts.cmdline = procfs.argv0(pid)
+            facts.cmdline = procfs.argv0(tid)
         if kinds & AttachFlag.CGROUP:
             facts.cgroup = procfs.cgroup(tid)
         if kinds & AttachFlag.SECLABEL:
@@ -196,7 +201,17 @@ class Process:
                 os.close(pidfd)
         if taken < 0:
             raise CommandError(EBADF, f"descriptor {fd} is not open")
-        return FileDescriptor(taken, self._watcher)
+        return FileDescriptor(taken, self._watcher, self.uid)
 
 
-_OF_PROCESS = int(AttachFlag.PID_COMM | AttachFlag.EXE | AttachFlag.CMDLINE)
+def _search_process(pid: int, namespace: PidNamespace) -> tuple[int, ...] | None:
+    """`find_process` before Linux 6.11: inner numbers can only be searched for."""
+    level = namespace.level
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            numbers = Status(int(entry)).numbers(b"NSpid")
+            if len(numbers) > level and numbers[level] == pid:
+                home = pid_namespace(int(entry))
+                if home.level >= level and home.chain[level] == namespace.id:
+                    return numbers
+    return None

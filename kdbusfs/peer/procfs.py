@@ -13,13 +13,15 @@ from ..bus.metadata import Capabilities
 CAP_IPC_OWNER = 15
 
 
-def read(tid: int, name: str) -> bytes | None:
-    """The whole of /proc/<tid>/<name>, or None if that can't be read."""
+def read(tid: int, name: str, limit: int = 0) -> bytes | None:
+    """The whole of /proc/<tid>/<name>, or its first *limit* bytes; None if it can't be read."""
     try:
         fd = os.open(f"/proc/{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
+        if limit:
+            return os.read(fd, limit)
         data = os.read(fd, 65536)
         # A file that fills the buffer is rare (AUXGROUPS of 64k groups).
         while len(data) % 65536 == 0 and (more := os.read(fd, 65536)):
@@ -98,9 +100,16 @@ def comm(tid: int) -> bytes | None:
     return None if text is None else text.removesuffix(b"\n")
 
 
+_ARGV0_MAX = 32768
+
+
 def argv0(tid: int) -> bytes | None:
-    """The first string of the argument area; None if there is none (a kernel thread)."""
-    text = read(tid, "cmdline")
+    """The first string of the argument area; None if there is none (a kernel thread).
+
+    A process can let that area be all of its memory (PR_SET_MM in prctl(2)), so no more is read
+    than a name may take.
+    """
+    text = read(tid, "cmdline", _ARGV0_MAX)
     return text.split(b"\0", 1)[0] if text else None
 
 
