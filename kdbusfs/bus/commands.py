@@ -397,9 +397,10 @@ def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule:
 @command(ExtensionCommand.FD_SOCKET, kinds=_ANY_KIND)
 def fd_socket(connection: Connection, call: Call) -> int:
     """KDBUSFS_CMD_FD_SOCKET: take the socket on which descriptors are to be sent to those who
-    receive with the extension's commands. EINVAL unless it is an AF_UNIX socket."""
+    receive with the extension's commands. EINVAL unless it is an AF_UNIX socket, SOCK_SEQPACKET,
+    with the caller's own user at the other end."""
     socket = call.peer.take(I32.unpack_from(call.data, 24)[0])
-    if not socket.is_unix_socket():
-        raise CommandError(EINVAL, "no AF_UNIX socket")
+    if not socket.is_own_channel():
+        raise CommandError(EINVAL, "no AF_UNIX socket to the caller itself")
     connection.fd_socket = socket
     return 0

@@ -44,6 +44,10 @@ class Descriptor(Protocol):
 
     def is_unix_socket(self) -> bool: ...
 
+    def is_own_channel(self) -> bool:
+        """Whether it is an AF_UNIX socket of type SOCK_SEQPACKET whose other end is the
+        caller's user's."""
+
     def is_path(self) -> bool:
         """Whether it was opened with O_PATH."""
 

@@ -97,6 +97,9 @@ class FakeFile:
     def is_unix_socket(self) -> bool:
         return self.unix_socket
 
+    def is_own_channel(self) -> bool:
+        return self.unix_socket
+
     def is_path(self) -> bool:
         return self.path
 
