@@ -411,42 +411,28 @@ def test_negotiation_tells_flags_and_items(conn: Connection) -> None:
 # --- with a second thread that plays tricks
 
 
-def hammer(programs: Path, bus: Bus, conn: Connection, trick: str, rounds: int) -> dict[str, int]:
-    """Run programs/hammer.c against *conn*; how often each errno came out of its SENDs."""
-    command = [programs / "hammer", bus.path, str(conn.id), trick, str(rounds)]
-    output = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout
-    counts = {errno.errorcode.get(int(e), "0"): int(n) for e, n in map(str.split, output.splitlines())}
+@pytest.mark.parametrize(
+    ("trick", "possible"),
+    [
+        ("size", {"0", "EINVAL", "EMSGSIZE"}),
+        ("items", {"0", "EINVAL", "EMSGSIZE"}),
+        ("unmap", {"0", "EFAULT"}),
+    ],
+)
+def test_what_changes_while_it_is_read_hurts_nobody(
+    bus: Bus, conn: Connection, programs: Path, trick: str, possible: set[str]
+) -> None:
+    rounds = 3000
+    result = subprocess.run(
+        [programs / "hammer", bus.path, trick, str(rounds)],
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, "a message that got through was not sound"
+    lines = [line.split() for line in result.stdout.splitlines()]
+    counts = {errno.errorcode.get(int(number), "0"): int(count) for number, count in lines}
     assert sum(counts.values()) == rounds
-    return counts
-
-
-def test_a_message_whose_size_changes_while_it_is_read(
-    bus: Bus, conn: Connection, programs: Path
-) -> None:
-    counts = hammer(programs, bus, conn, "size", 400)
-    assert counts.keys() <= {"0", "EINVAL", "EMSGSIZE", "ENOBUFS", "EXFULL"}
-    for message in conn.drain():
-        assert message.payload in (b"", b"12345678")
-    conn.send(conn.id, b"still fine")
-    assert conn.take().payload == b"still fine"
-
-
-def test_a_payload_that_is_unmapped_while_it_is_sent(
-    bus: Bus, conn: Connection, programs: Path
-) -> None:
-    counts = hammer(programs, bus, conn, "unmap", 400)
-    assert counts.keys() <= {"0", "EFAULT", "ENOBUFS", "EXFULL"}
-    conn.drain()
-    conn.send(conn.id, b"still fine")
-    assert conn.take().payload == b"still fine"
-
-
-def test_items_that_change_while_they_are_read(
-    bus: Bus, conn: Connection, programs: Path
-) -> None:
-    counts = hammer(programs, bus, conn, "items", 400)
-    assert counts.keys() <= {"0", "EINVAL", "EMSGSIZE", "EFAULT", "ENOBUFS", "EXFULL", "E2BIG"}
-    for message in conn.drain():
-        assert message.size <= message.slice_size
+    assert counts.keys() <= possible
     conn.send(conn.id, b"still fine")
     assert conn.take().payload == b"still fine"

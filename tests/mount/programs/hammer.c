@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * Sends messages while a second thread changes them under way.
+ * Sends messages to itself while a second thread changes them under way, and looks at what comes
+ * out of it.
  *
- * usage: hammer ENDPOINT ID size|unmap|items ROUNDS
+ * usage: hammer ENDPOINT size|unmap|items ROUNDS
  * Prints how often each errno came back, as "ERRNO COUNT" lines.
  */
 #include <errno.h>
@@ -19,7 +20,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define PAYLOAD_SIZE (256 * 1024)
+#define PAYLOAD_SIZE (64 * 1024)
 
 static atomic_bool done;
 static volatile uint64_t *message;
@@ -46,34 +47,59 @@ static void *play(void *unused)
 			munmap(payload, PAYLOAD_SIZE);
 			mmap(payload, PAYLOAD_SIZE, PROT_READ | PROT_WRITE,
 			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-			memset(payload, n, 4096 * (n % 64));
+			memset(payload, n, 4096 * (n % 16));
 		}
 	}
 	return NULL;
 }
 
-static int hello(int fd)
+/* Whether a message that got through is sound: its items fill its size, within its slice. */
+static bool receive(int fd, const char *pool)
 {
-	struct kdbus_cmd_hello cmd = { .size = sizeof(cmd), .pool_size = 1 << 20 };
+	struct kdbus_cmd_recv recv = { .size = sizeof(recv) };
+	struct kdbus_cmd_free cmd_free = { .size = sizeof(cmd_free) };
+	const struct kdbus_item *item;
+	const struct kdbus_msg *msg;
+	uint64_t at = sizeof(*msg);
 
-	return ioctl(fd, KDBUS_CMD_HELLO, &cmd);
+	if (ioctl(fd, KDBUS_CMD_RECV, &recv) < 0)
+		return false;
+	msg = (const void *)(pool + recv.msg.offset);
+	if (msg->size > recv.msg.msg_size)
+		return false;
+	while (at < msg->size) {
+		item = (const void *)((const char *)msg + at);
+		if (item->size < 16 || item->size > msg->size - at)
+			return false;
+		if (item->type == KDBUS_ITEM_PAYLOAD_OFF &&
+		    item->vec.offset + item->vec.size > recv.msg.msg_size)
+			return false;
+		at += (item->size + 7) & ~7ULL;
+	}
+	cmd_free.offset = recv.msg.offset;
+	return ioctl(fd, KDBUS_CMD_FREE, &cmd_free) == 0;
 }
 
 int main(int argc, char **argv)
 {
 	static unsigned int counts[256];
 	static uint64_t room[32768 / 8 + 8];
+	struct kdbus_cmd_hello hello = { .size = sizeof(hello), .pool_size = 1 << 20 };
 	struct kdbus_cmd_send cmd = { .size = sizeof(cmd) };
 	unsigned int i, rounds;
 	pthread_t thread;
+	const char *pool;
 	int fd;
 
-	if (argc != 5)
+	if (argc != 4)
 		return 2;
-	trick = argv[3];
-	rounds = atoi(argv[4]);
+	trick = argv[2];
+	rounds = atoi(argv[3]);
 	fd = open(argv[1], O_RDWR | O_CLOEXEC);
-	if (fd < 0 || hello(fd) < 0)
+	if (fd < 0 || ioctl(fd, KDBUS_CMD_HELLO, &hello) < 0)
+		return 1;
+	pool = mmap(NULL, 1 << 20, PROT_READ, MAP_SHARED, fd, 0);
+	if (pool == MAP_FAILED)
 		return 1;
 	payload = mmap(NULL, PAYLOAD_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (payload == MAP_FAILED)
@@ -81,7 +107,7 @@ int main(int argc, char **argv)
 	memcpy(payload, "12345678", 8);
 	message = room;
 	message[0] = 96;
-	message[3] = strtoull(argv[2], NULL, 10);
+	message[3] = hello.id;
 	message[5] = KDBUS_PAYLOAD_DBUS;
 	message[6] = 1;
 	message[8] = 32;
@@ -92,7 +118,12 @@ int main(int argc, char **argv)
 		return 1;
 	for (i = 0; i < rounds; i++) {
 		cmd.msg_address = (uintptr_t)room;
-		counts[ioctl(fd, KDBUS_CMD_SEND, &cmd) < 0 ? errno : 0]++;
+		if (ioctl(fd, KDBUS_CMD_SEND, &cmd) < 0)
+			counts[errno]++;
+		else if (receive(fd, pool))
+			counts[0]++;
+		else
+			return 3;
 	}
 	atomic_store(&done, true);
 	pthread_join(thread, NULL);
