@@ -22,3 +22,11 @@ class Fault(CommandError):
 
     def __init__(self, why: str = "memory of the caller") -> None:
         super().__init__(_errno.EFAULT, why)
+
+
+class Overtaken(Fault):
+    """Reading the caller's memory took so long that others went first; the command may be tried
+    again from its start, unless it has had an effect."""
+
+    def __init__(self) -> None:
+        super().__init__("memory of the caller that does not fault in")

@@ -27,7 +27,7 @@ from errno import (
 )
 from typing import TYPE_CHECKING
 
-from ..abi.errors import CommandError
+from ..abi.errors import CommandError, Fault, Overtaken
 from ..abi.items import build
 from ..abi.numbers import ID_ANY, ItemType, MsgFlag
 from ..abi.structs import MSG_INFO
@@ -211,6 +211,14 @@ class Bus:
         """SEND a message that has passed examination."""
         message.number(self._next_seqnum())
         message.take_descriptors()
+        try:
+            return self._route(message, call, sync, cancel)
+        except Overtaken:
+            if message.delivered:
+                raise Fault from None
+            raise
+
+    def _route(self, message: Message, call: Call, sync: bool, cancel: Descriptor | None) -> int:
         if message.dst_id == ID_ANY:
             self._broadcast(message)
         elif sync:
@@ -252,7 +260,7 @@ class Bus:
             raise CommandError(EPERM, f"{sender.id} may not talk to {target.id}")
 
     def _copy_to_monitors(self, message: Message) -> None:
-        for monitor in self.monitors:
+        for monitor in list(self.monitors):
             monitor.offer(message)
 
     def _broadcast(self, message: Message) -> None:
@@ -291,9 +299,11 @@ class Bus:
         reply = Reply(
             message.sender, target, message.cookie, message.name, message.timeout, call
         )
-        self._copy_to_monitors(message)
+        if call is not None:
+            call.wait = reply
         self.domain.watch_deadline(reply)
         try:
+            self._copy_to_monitors(message)
             entry = target.enqueue(message)
         except CommandError:
             reply.unlist()
@@ -336,7 +346,6 @@ class Bus:
         target = self._pin(message)
         self._check_talk(message, target)
         reply = self._request(message, target, call)
-        call.wait = reply
         self._watch_cancel(reply, cancel)
         return PENDING
 

@@ -125,7 +125,17 @@ class Call(Argument):
     ends the wait calls `complete(call, errno)`.
     """
 
-    __slots__ = ("code", "read", "store", "store_on_error", "complete", "wait", "fds", "origin")
+    __slots__ = (
+        "code",
+        "read",
+        "store",
+        "store_on_error",
+        "complete",
+        "answered",
+        "wait",
+        "fds",
+        "origin",
+    )
 
     def __init__(
         self,
@@ -151,6 +161,8 @@ class Call(Argument):
         """Which bytes of the struct the caller gets back when the command succeeds."""
         self.store_on_error = (16, 24)
         self.complete = complete
+        self.answered = False
+        """Whether `complete` has been called."""
         self.origin = origin
         """What the shell remembers of the request this came as."""
         self.wait: Any = None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from errno import EAGAIN, ECOMM, ECONNRESET
 from typing import TYPE_CHECKING
 
-from ..abi.errors import CommandError
+from ..abi.errors import CommandError, Overtaken
 from ..abi.items import Buffer, build, build_string
 from ..abi.numbers import AttachFlag, HelloFlag, ItemType, NameFlag, RecvReturnFlag
 from ..abi.structs import I32, U64
@@ -231,6 +231,7 @@ class Connection:
         except CommandError:
             self.discard(entry)
             raise
+        message.delivered = True
         return entry
 
     def _keep(self, entry: QueueEntry, message: Deliverable, image: Buffer) -> Buffer:
@@ -260,6 +261,10 @@ class Connection:
         """Queue a broadcast, or a monitor's copy; one that can't be counts as lost."""
         try:
             self.enqueue(message)
+        except Overtaken:
+            if not message.delivered:
+                raise
+            self.lose()
         except CommandError:
             self.lose()
 

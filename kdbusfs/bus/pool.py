@@ -98,7 +98,8 @@ class Pool:
             self._reclaim(slice_)
 
     def _reclaim(self, slice_: Slice) -> None:
-        del self._used[slice_.offset]
+        if self._used.pop(slice_.offset, None) is None:
+            return  # the pool was closed
         before, after = slice_.before, slice_.after
         if after is not None and after.offset in self._by_offset:
             self._forget_free(after)

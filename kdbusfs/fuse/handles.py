@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from errno import EBADF, EBUSY, EINTR, EINVAL, EIO, ENODEV, ENOTTY, EPERM
 from select import POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
@@ -18,7 +19,7 @@ from struct import Struct
 from typing import Protocol
 
 from ..abi.commands import FORMS
-from ..abi.errors import CommandError, Fault
+from ..abi.errors import CommandError, Fault, Overtaken
 from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, RecvReturnFlag
 from ..abi.structs import U64
@@ -96,6 +97,7 @@ class Handles:
         new_backing: NewBacking,
         watcher: Watcher,
         trace: Trace | None,
+        put_back: Callable[[bytes], None] = lambda request: None,
     ) -> None:
         self._device = device
         self._domain = domain
@@ -109,6 +111,9 @@ class Handles:
         self._waiting: dict[int, Call] = {}
         """Calls that are PENDING, by the unique of their request. The origin of a call is its
         (OpenFile, unique)."""
+        self._put_back = put_back
+        self._overtaken: set[int] = set()
+        """Requests that have been tried again once."""
         self._current: Call | None = None
         """The call whose request is being handled."""
         self.reply: Buffer = b""
@@ -219,11 +224,14 @@ class Handles:
             error = 0
         except CommandError as failure:
             error = failure.errno
+            if isinstance(failure, Overtaken) and self._try_again(call, request):
+                return
             if self._trace is not None:
                 # Without its traceback, which would keep this frame and all it holds alive.
                 why = failure.with_traceback(None)
             if call.read and in_size and not code & _DIRECTION_READ:
-                before, after = _unpack_u64(request, IOCTL_AT + 16)[0], _unpack_u64(call.data, 16)[0]
+                (before,) = _unpack_u64(request, IOCTL_AT + 16)
+                (after,) = _unpack_u64(call.data, 16)
                 if not before and not after and self._trace is None:
                     # It failed, and return_flags is 0 as it was: not worth a write (1.3 us).
                     self.reply = _pack_out_header(OUT_HEADER_SIZE, -error, unique)
@@ -233,7 +241,21 @@ class Handles:
             connection.waker = lambda: self._wake(file)
         self._answer(call, error, why)
 
+    def _try_again(self, call: Call, request: memoryview) -> bool:
+        """Whether a request that was overtaken is someone else's now: of our successor, which
+        starts it anew, or of nobody, since the bus has ended the call meanwhile."""
+        unique = call.origin[1]
+        if call.answered:
+            return True
+        if unique in self._overtaken:
+            self._overtaken.discard(unique)
+            return False
+        self._overtaken.add(unique)
+        self._put_back(bytes(request))
+        return True
+
     def _complete(self, call: Call, error: int) -> None:
+        call.answered = True
         self._waiting.pop(call.origin[1], None)
         if error == EINTR:
             self._restart(call)
@@ -246,6 +268,8 @@ class Handles:
         if delivery is not None and not error:
             self._deliver(call, delivery)
             return
+        if self._overtaken:
+            self._overtaken.discard(call.origin[1])
         result = self._result(call, error)
         if call is self._current:
             self.reply = result
@@ -329,9 +353,8 @@ class Handles:
             try:
                 flags = delivery.installed(list(numbers)[: len(fds)])
                 if not flags:
-                    call.peer.write(call.address + call.store[1] - 8, bytes(8))
-            except Fault:
-                pass
+                    at = call.address + call.store[1] - 8
+                    lib.kdbusfs_vm_write_held(call.peer.tid, at, bytes(8), 8)
             finally:
                 lib.kdbusfs_install_end(state)
         if self._trace is not None:

@@ -26,6 +26,8 @@ from ..abi.items import Buffer
 from ..abi.structs import U32
 from ..bus.domain import Domain
 from ..native import ffi, lib
+from ..peer.process import renew_scratch
+from ..peer.turn import TURN
 from . import wire
 from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
 from .handles import Handles
@@ -64,10 +66,22 @@ class Watches:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
+        self._wakeup = -1
+        """An eventfd, once there are threads that may have to wake the router."""
 
     def fileno(self) -> int:
         """What gets readable with any of them, -1 if there are none."""
-        return self._epoll.fileno() if self._callbacks else -1
+        return self._epoll.fileno() if self._callbacks or self._wakeup >= 0 else -1
+
+    def keep_waking(self) -> None:
+        """From now on `wake` is used."""
+        if self._wakeup < 0:
+            self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._epoll.register(self._wakeup, select.EPOLLIN)
+
+    def wake(self) -> None:
+        """Let the router look around."""
+        os.eventfd_write(self._wakeup, 1)
 
     def watch(self, fd: int, callback: Callable[[], None]) -> Callable[[], None] | None:
         """A `peer.descriptors.Watcher`. The same file may be watched many times."""
@@ -89,7 +103,9 @@ class Watches:
     def dispatch(self) -> None:
         """Call back for everything that is readable."""
         for fd, _ in self._epoll.poll(0):
-            if (callback := self._callbacks.get(fd)) is not None:
+            if fd == self._wakeup:
+                os.eventfd_read(fd)
+            elif (callback := self._callbacks.get(fd)) is not None:
                 callback()
 
     def close(self) -> None:
@@ -125,9 +141,9 @@ class Router:
         self._trace = trace
         self._watches = Watches()
         self._handles = Handles(
-            device, domain, tree, self._new_backing, self._watches.watch, trace
+            device, domain, tree, self._new_backing, self._watches.watch, trace, self._put_back
         )
-        self._buffer = bytearray(_BUFFER_SIZE)
+        self._watchdog = Watchdog(self._take_over)
         self._backlog: deque[bytearray] = deque()
         self._kernel_flags2 = 0
         self._init_unique = 0
@@ -139,41 +155,80 @@ class Router:
 
     # --- the loop
 
-    def run(self) -> None:
-        """Answer requests until the file system is unmounted."""
+    def start(self, on_end: Callable[[], None]) -> None:
+        """Answer requests, in a thread, until the file system is unmounted; then call *on_end*."""
+        self._on_end = on_end
+        TURN.acquire()
+        self._watchdog.start()
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="kdbusfs-router", daemon=True)
+        self._thread.start()
+
+    def _take_over(self) -> None:
+        """The router's thread is stuck in a caller's memory: have another go on, in its turn."""
+        log.warning("a caller's memory does not fault in: another thread takes over")
+        renew_scratch()
+        self._watches.keep_waking()
+        self._start_thread()
+
+    def _put_back(self, request: bytes) -> None:
+        """In a thread that was overtaken: leave a request to the successor."""
+        self._backlog.append(bytearray(request))
+        self._watches.wake()
+
+    def _run(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._loop()
+        except Exception:
+            log.exception("ERROR: the router ended")
+        if threading.current_thread() is self._thread:
+            self._close()
+            TURN.release()
+            self._on_end()
+        else:
+            self._write_reply()
+            TURN.release()
+
+    def _loop(self) -> None:
+        """Holding the turn: handle requests until the mount is gone, or somebody took over."""
         domain, watches, handles = self._domain, self._watches, self._handles
-        buffer = self._buffer
+        watchdog, me = self._watchdog, threading.current_thread()
+        buffer = bytearray(_BUFFER_SIZE)
         device, spin = self._device, self._spin_ns
         pointer, size = ffi.from_buffer(buffer), len(buffer)
         view = memoryview(buffer)
         next_request, monotonic = lib.kdbusfs_next, time.monotonic_ns
-        try:
-            while True:
-                if self._backlog:
-                    self._write_reply()
-                    request = self._backlog.popleft()
-                    self._dispatch(memoryview(request), len(request))
-                    continue
-                deadline = domain.next_deadline()
-                timeout = -1
-                if deadline is not None:
-                    timeout = min(max(deadline - monotonic(), 0), _LONGEST_WAIT_NS)
-                reply, handles.reply = handles.reply, b""
-                n = next_request(
-                    device, reply, len(reply), watches.fileno(), pointer, size, timeout, spin
-                )
-                if n > 0:
-                    self._dispatch(view, n)
-                elif n == -errno.ENODEV:
-                    return
-                elif n == 0 or n in (-errno.EINTR, -errno.ENOENT):
-                    watches.dispatch()
-                    domain.expire()
-                else:
-                    raise OSError(-n, os.strerror(-n))
-        finally:
-            self._close()
+        acquire, release = TURN.acquire, TURN.release
+        while self._thread is me:
+            if self._backlog:
+                self._write_reply()
+                request = self._backlog.popleft()
+                self._dispatch(memoryview(request), len(request))
+                continue
+            deadline = domain.next_deadline()
+            timeout = -1
+            if deadline is not None:
+                timeout = min(max(deadline - monotonic(), 0), _LONGEST_WAIT_NS)
+            reply, handles.reply = handles.reply, b""
+            release()
+            n = next_request(
+                device, reply, len(reply), watches.fileno(), pointer, size, timeout, spin
+            )
+            acquire()
+            if watchdog.asleep:
+                watchdog.wake()
+            if n > 0:
+                self._dispatch(view, n)
+            elif n == -errno.ENODEV:
+                return
+            elif n == 0 or n in (-errno.EINTR, -errno.ENOENT):
+                watches.dispatch()
+                domain.expire()
+            else:
+                raise OSError(-n, os.strerror(-n))
 
     def _write_reply(self) -> None:
         reply, self._handles.reply = self._handles.reply, b""
@@ -181,6 +236,7 @@ class Router:
             self._write(reply)
 
     def _close(self) -> None:
+        self._watchdog.close()
         self._handles.close()
         self._storer.close()
         self._watches.close()
@@ -342,7 +398,7 @@ class Router:
         is ours to give. So another thread does the push, while this one answers page faults;
         whatever else comes in meanwhile is kept for later, in order.
         """
-        if threading.current_thread() is not self.thread:
+        if threading.current_thread() is not self._thread:
             self._storer.store(nodeid, offset, data)
             return
         done = self._storer.submit(nodeid, offset, data)
@@ -359,8 +415,50 @@ class Router:
             else:
                 self._backlog.append(buffer[:n])
 
-    thread: threading.Thread
-    """The thread that runs `run`."""
+
+class Watchdog:
+    """Sees to it that no caller's memory holds up the bus: when the same operation is under way at
+    two looks, it is overtaken and *take_over* called. It sleeps while there are none."""
+
+    PERIOD = 0.02
+    _QUIET_LOOKS = 50
+
+    def __init__(self, take_over: Callable[[], None]) -> None:
+        self._take_over = take_over
+        self._awake = threading.Event()
+        self._closed = False
+        self.asleep = False
+        self._thread = threading.Thread(target=self._run, name="kdbusfs-watchdog", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        self.asleep = False
+        self._awake.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self.wake()
+
+    def _run(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        seen, n_quiet = 0, 0
+        while not self._closed:
+            time.sleep(self.PERIOD)
+            number = lib.kdbusfs_operation()
+            if number != seen:
+                seen, n_quiet = number, 0
+            elif number & 1:
+                if lib.kdbusfs_operation_overtake(number) == 0:
+                    self._take_over()
+            elif n_quiet < self._QUIET_LOOKS:
+                n_quiet += 1
+            else:
+                self._awake.clear()
+                self.asleep = True
+                self._awake.wait()
+                n_quiet = 0
 
 
 class Storer:

@@ -67,24 +67,15 @@ class Session:
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
         sys.setswitchinterval(0.0005)
-        router = self._router
-        router.thread = threading.Thread(target=self._route, name="kdbusfs-router", daemon=True)
-        threading.Thread(target=router.relay_replies, name="kdbusfs-relay", daemon=True).start()
+        relay = self._router.relay_replies
+        threading.Thread(target=relay, name="kdbusfs-relay", daemon=True).start()
         # From here on the descriptor is pyfuse3's, which closes it.
         pyfuse3.init(self._tree, f"/dev/fd/{self._theirs.detach()}", {"fsname=kdbusfs"})
 
-    def _route(self) -> None:
-        try:
-            self._router.run()
-        except Exception:
-            log.exception("ERROR: the router ended")
-        finally:
-            trio.from_thread.run_sync(self._ended.set, trio_token=self._token)
-
     async def serve(self, ready: Callable[[], None]) -> None:
         """Run until the mount is gone; call *ready* once it answers."""
-        self._token = trio.lowlevel.current_trio_token()
-        self._router.thread.start()
+        token = trio.lowlevel.current_trio_token()
+        self._router.start(lambda: token.run_sync_soon(self._ended.set))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pyfuse3.main)
             while not self._router.initialised.is_set() and not self._ended.is_set():

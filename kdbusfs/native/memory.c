@@ -8,6 +8,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -26,7 +27,32 @@
 #define PIDFD_THREAD_ O_EXCL /* Linux 6.9 */
 #define PAGE 4096ULL
 
-int64_t kdbusfs_vm_read(int32_t tid, uint64_t address, void *to, uint64_t size)
+/* Odd while an operation is under way; an operation that finds another value at its end has
+ * been overtaken. One thread at a time begins operations. */
+static _Atomic uint64_t operation;
+
+uint64_t kdbusfs_operation_begin(void)
+{
+	return atomic_fetch_add(&operation, 1) + 1;
+}
+
+int kdbusfs_operation_end(uint64_t number)
+{
+	return atomic_compare_exchange_strong(&operation, &number, number + 1) ? 0 : -ESTALE;
+}
+
+uint64_t kdbusfs_operation(void)
+{
+	return atomic_load(&operation);
+}
+
+/* Returns 0 if operation @number was still under way, and is no more. */
+int kdbusfs_operation_overtake(uint64_t number)
+{
+	return kdbusfs_operation_end(number);
+}
+
+static int64_t vm_read(int32_t tid, uint64_t address, void *to, uint64_t size)
 {
 	struct iovec here = { to, size }, there = { (void *)(uintptr_t)address, size };
 
@@ -35,12 +61,21 @@ int64_t kdbusfs_vm_read(int32_t tid, uint64_t address, void *to, uint64_t size)
 	return size;
 }
 
+int64_t kdbusfs_vm_read(int32_t tid, uint64_t address, void *to, uint64_t size)
+{
+	uint64_t number = kdbusfs_operation_begin();
+	int64_t r = vm_read(tid, address, to, size);
+
+	return kdbusfs_operation_end(number) < 0 ? -ESTALE : r;
+}
+
 /* As much of the range as is there, at least one byte. An iovec is read in full or not at all,
  * so the range is cut at page boundaries. */
 int64_t kdbusfs_vm_read_some(int32_t tid, uint64_t address, void *to, uint64_t size)
 {
 	struct iovec here = { to, size }, there[18];
 	unsigned int n = 0;
+	uint64_t number;
 	ssize_t r;
 
 	while (size > 0 && n < sizeof(there) / sizeof(*there)) {
@@ -52,11 +87,23 @@ int64_t kdbusfs_vm_read_some(int32_t tid, uint64_t address, void *to, uint64_t s
 		address += piece;
 		size -= piece;
 	}
+	number = kdbusfs_operation_begin();
 	r = process_vm_readv(tid, &here, 1, there, n, 0);
+	if (kdbusfs_operation_end(number) < 0)
+		return -ESTALE;
 	return r <= 0 ? -EFAULT : r;
 }
 
 int64_t kdbusfs_vm_write(int32_t tid, uint64_t address, const void *from, uint64_t size)
+{
+	uint64_t number = kdbusfs_operation_begin();
+	int64_t r = kdbusfs_vm_write_held(tid, address, from, size);
+
+	return kdbusfs_operation_end(number) < 0 ? -ESTALE : r;
+}
+
+/* The same for a thread of ours that does not touch the bus, and so may wait. */
+int64_t kdbusfs_vm_write_held(int32_t tid, uint64_t address, const void *from, uint64_t size)
 {
 	struct iovec here = { (void *)(uintptr_t)from, size };
 	struct iovec there = { (void *)(uintptr_t)address, size };
@@ -69,18 +116,22 @@ int64_t kdbusfs_vm_write(int32_t tid, uint64_t address, const void *from, uint64
 /* Copy (address, size) pairs back to back; address 0 stands for zeros. */
 int64_t kdbusfs_vm_fill(int32_t tid, void *to, const uint64_t *segments, uint64_t n_segments)
 {
+	uint64_t number = kdbusfs_operation_begin();
 	char *at = to;
+	int failed = 0;
 
-	for (uint64_t i = 0; i < n_segments; i++) {
+	for (uint64_t i = 0; i < n_segments && !failed; i++) {
 		uint64_t address = segments[2 * i], size = segments[2 * i + 1];
 
 		if (!address)
 			memset(at, 0, size);
-		else if (kdbusfs_vm_read(tid, address, at, size) < 0)
-			return -EFAULT;
+		else if (vm_read(tid, address, at, size) < 0)
+			failed = 1;
 		at += size;
 	}
-	return at - (char *)to;
+	if (kdbusfs_operation_end(number) < 0)
+		return -ESTALE;
+	return failed ? -EFAULT : at - (char *)to;
 }
 
 /* A shared mapping of @fd, or with -1 private memory that takes no room until it is touched.

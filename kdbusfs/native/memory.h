@@ -1,12 +1,19 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * The memory of a process that is held in its call, and our mappings of pools.
- * All functions return a count or 0, or -errno.
+ * All functions return a count or 0, or -errno. Each of kdbusfs_vm_*() is an operation, with a
+ * number: -ESTALE if somebody has overtaken it (peer/turn.py) when it ends.
  */
 int64_t kdbusfs_vm_read(int32_t tid, uint64_t address, void *to, uint64_t size);
 int64_t kdbusfs_vm_read_some(int32_t tid, uint64_t address, void *to, uint64_t size);
 int64_t kdbusfs_vm_write(int32_t tid, uint64_t address, const void *from, uint64_t size);
 int64_t kdbusfs_vm_fill(int32_t tid, void *to, const uint64_t *segments, uint64_t n_segments);
+
+uint64_t kdbusfs_operation_begin(void);
+int kdbusfs_operation_end(uint64_t number);
+uint64_t kdbusfs_operation(void);
+int kdbusfs_operation_overtake(uint64_t number);
+int64_t kdbusfs_vm_write_held(int32_t tid, uint64_t address, const void *from, uint64_t size);
 
 void *kdbusfs_map(int fd, uint64_t size);
 int kdbusfs_unmap(void *address, uint64_t size);

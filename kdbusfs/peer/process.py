@@ -35,6 +35,13 @@ _vm_fill = lib.kdbusfs_vm_fill
 _from_buffer = ffi.from_buffer
 
 
+def renew_scratch() -> None:
+    """Let a thread that was overtaken in a read have the old buffer for itself."""
+    global _scratch, _scratch_pointer
+    _scratch = bytearray(len(_scratch))
+    _scratch_pointer = ffi.from_buffer(_scratch)
+
+
 class Process:
     """A caller, known by its thread id and filesystem ids from the request.
 
@@ -159,7 +166,9 @@ class Process:
         if kinds & AttachFlag.EXE:
             facts.exe = procfs.readlink(tid, "exe")
         if kinds & AttachFlag.CMDLINE:
-            facts.cmdline = procfs.argv0(tid)
+            # This one is read from the caller's memory.
+            with Operation():
+                facts.cmdline = procfs.argv0(tid)
         if kinds & AttachFlag.CGROUP:
             facts.cgroup = procfs.cgroup(tid)
         if kinds & AttachFlag.SECLABEL:
