@@ -95,6 +95,10 @@ def drop_capability(number: int) -> None:
     _check(_libc.capset(header, sets))
 
 
+def _write(path: str, content: str) -> None:
+    Path(path).write_text(content)
+
+
 @dataclass(frozen=True)
 class _Key:
     """Stands for an object that is kept in a person's process."""
@@ -126,7 +130,8 @@ class Remote:
 
 
 class Person:
-    """A process that is *uid*, *gid* with *groups*, in new namespaces of the kinds *unshared*.
+    """A process that is *uid*, *gid* with *groups*, in new namespaces of the kinds *unshared*;
+    without a *uid* it stays who it is.
 
     The maps of a new user namespace are written by the test; without them it stays unmapped. With
     *inside* the person then becomes that uid and gid of its namespace. In a new PID namespace it
@@ -136,7 +141,7 @@ class Person:
     def __init__(
         self,
         directory: Path | str | int,
-        uid: int = 0,
+        uid: int | None = None,
         gid: int | None = None,
         groups: Sequence[int] = (),
         *,
@@ -147,8 +152,9 @@ class Person:
         inside: int | None = None,
         parent: Person | None = None,
     ) -> None:
-        self.uid, self.gid, self.groups = uid, uid if gid is None else gid, groups
+        self.uid, self.gid, self.groups = uid, gid, groups
         self._without, self._unshared, self._inside = without, unshared, inside
+        self._parent = parent
         self._pids: list[int] = []
         self._forks: list[Person] = []
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -183,7 +189,12 @@ class Person:
         """Write the maps of its user namespace, each once."""
         for name, content in (("uid_map", uid_map), ("gid_map", gid_map)):
             if content:
-                Path(f"/proc/{self.pid}/{name}").write_text(content)
+                path = f"/proc/{self.pid}/{name}"
+                # Only somebody of the namespace above may do so.
+                if self._parent is not None:
+                    self._parent.run(_write, path, content)
+                else:
+                    _write(path, content)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a fork needs to know."""
@@ -250,8 +261,6 @@ class Person:
         **options: Any,
     ) -> Person:
         """A child that inherits everything and then becomes somebody else."""
-        if uid is None:
-            uid, gid, groups = self.uid, self.gid, self.groups
         child = Person("", uid, gid, groups, parent=self, **options)
         self._forks.append(child)
         return child
@@ -287,8 +296,8 @@ class Person:
             signal.alarm(LIFETIME_SECONDS)
             if directory:
                 os.chdir(directory)
-            if self.uid or self.gid or self.groups:
-                become(self.uid, self.gid, self.groups)
+            if self.uid is not None:
+                become(self.uid, self.uid if self.gid is None else self.gid, self.groups)
             for capability in self._without:
                 drop_capability(capability)
             if self._unshared:

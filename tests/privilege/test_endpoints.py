@@ -130,9 +130,7 @@ def test_the_kernel_lets_in_whom_the_modes_let_in(
             visitor.run(os.listdir, name)
 
 
-def test_root_without_capabilities_is_a_user_like_others(
-    mount: object, person: NewPerson
-) -> None:
+def test_root_without_capabilities_is_a_user_like_others(mount: object, person: NewPerson) -> None:
     person(ALICE).make(make_bus, f"{ALICE}-closed")
     # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
     with fails(EACCES):
