@@ -462,8 +462,8 @@ class Client(File):
         fields.setdefault("timeout", self.domain.clock.now + SECOND)
         return self.send(to, *items, flags=MsgFlag.EXPECT_REPLY, **fields)
 
-    def reply(self, to: "Client | int", cookie: int, *items: bytes, **fields: Any) -> bytes:
-        return self.send(to, *items, timeout=cookie, **fields)
+    def reply(self, to: "Client | int", answers: int, *items: bytes, **fields: Any) -> bytes:
+        return self.send(to, *items, timeout=answers, **fields)
 
     def broadcast(self, *items: bytes, filter_: bytes | None = None, **fields: Any) -> bytes:
         filter_ = filter_ if filter_ is not None else bloom()
