@@ -1,9 +1,40 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What pyproject.toml can't say: the two packages' rooms and their cffi modules."""
+"""What pyproject.toml can't say: the two packages' rooms, their cffi modules, and what is compiled.
 
+The modules that every message passes through are compiled by mypyc; their Python source is the
+truth, and runs as it is with KDBUSFS_COMPILE=0.
+"""
+
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+COMPILED = [
+    "kdbusfs/abi/items.py",
+    "kdbusfs/bus/bus.py",
+    "kdbusfs/bus/call.py",
+    "kdbusfs/bus/commands.py",
+    "kdbusfs/bus/connection.py",
+    "kdbusfs/bus/handle.py",
+    "kdbusfs/bus/message.py",
+    "kdbusfs/bus/pool.py",
+    "kdbusfs/bus/quota.py",
+    "kdbusfs/bus/reply.py",
+    "kdbusfs/fuse/handles.py",
+    "kdbusfs/peer/process.py",
+]
+
+
+def compiled_modules() -> list:
+    """The extension modules mypyc makes, none if it is not wanted."""
+    if os.environ.get("KDBUSFS_COMPILE", "0") != "1":
+        return []
+    from mypyc.build import mypycify
+
+    options = ["--follow-imports=silent", "--ignore-missing-imports"]
+    return mypycify([*options, *COMPILED], opt_level="3", debug_level="0")
+
 
 PYTHON_CLIENT = "libkdbus/python"
 
@@ -15,5 +46,6 @@ setup(
     + find_packages(PYTHON_CLIENT, include=["kdbus", "kdbus.*"]),
     package_dir={"kdbus": f"{PYTHON_CLIENT}/kdbus"},
     package_data={"kdbusfs": ["py.typed"], "kdbus": ["py.typed"]},
+    ext_modules=compiled_modules(),
     cffi_modules=[f"{path}:ffibuilder" for path in builders if Path(path).exists()],
 )
