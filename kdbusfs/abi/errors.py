@@ -5,12 +5,17 @@ import errno as _errno
 
 
 class CommandError(Exception):
-    """A command ends with *errno*, as its man page says; *why* is for the debug log only."""
+    """CommandError(errno, why): a command ends with *errno*, as its man page says; *why* is for
+    the debug log only. Made by BaseException alone, for refusing is a hot path as well."""
 
-    def __init__(self, errno: int, why: str = "") -> None:
-        # No super().__init__: BaseException.__new__ has kept the arguments, and this is a hot path.
-        self.errno = errno
-        self.why = why
+    @property
+    def errno(self) -> int:
+        number: int = self.args[0]
+        return number
+
+    @property
+    def why(self) -> str:
+        return str(self.args[1]) if len(self.args) > 1 else ""
 
     def __str__(self) -> str:
         name = _errno.errorcode.get(self.errno, str(self.errno))

@@ -22,9 +22,9 @@ from .peer import Peer
 _MAX_SIZE = int(Limit.COMMAND_SIZE)
 _NEGOTIATE = int(ItemType.NEGOTIATE)
 _unpack_u64 = U64.unpack_from
+_pack_u64 = U64.pack_into
 _NO_ITEMS: list[Item] = []
 _NO_DATA = bytearray()
-_NO_FLAGS = bytes(8)
 
 
 class Argument:
@@ -173,7 +173,7 @@ class Call(Argument):
     def fetch(self, brought: Buffer) -> None:
         """Load and judge the argument. Whatever return_flags held, it counts as 0 from here on."""
         self.load(brought)
-        self.data[16:24] = _NO_FLAGS
+        _pack_u64(self.data, 16, 0)
         self.read = True
         self.judge()
 

@@ -89,6 +89,11 @@ class Domain:
             heapq.heapify(self._deadlines)
             self._n_stale = 0
 
+    @property
+    def watches_deadlines(self) -> bool:
+        """Whether `next_deadline` is worth asking."""
+        return bool(self._deadlines)
+
     def next_deadline(self) -> int | None:
         """When `expire` has something to do next (CLOCK_MONOTONIC ns), or None."""
         deadlines = self._deadlines

@@ -202,9 +202,7 @@ class Handles:
     # --- ioctl
 
     def ioctl(self, request: memoryview) -> None:
-        (_, _, unique, _, uid, gid, tid, _, _, fh, flags, code, address, in_size, _) = (
-            _unpack_request(request)
-        )
+        unique, uid, gid, tid, fh, flags, code, address, in_size = _unpack_request(request)
         form = FORMS.get(code)
         file = self._files.get(fh)
         # The fh of a directory is pyfuse3's, and may be the same number as one of ours.

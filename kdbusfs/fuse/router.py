@@ -68,16 +68,18 @@ class Watches:
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._wakeup = -1
         """An eventfd, once there are threads that may have to wake the router."""
-
-    def fileno(self) -> int:
+        self.fd = -1
         """What gets readable with any of them, -1 if there are none."""
-        return self._epoll.fileno() if self._callbacks or self._wakeup >= 0 else -1
+
+    def _update(self) -> None:
+        self.fd = self._epoll.fileno() if self._callbacks or self._wakeup >= 0 else -1
 
     def keep_waking(self) -> None:
         """From now on `wake` is used."""
         if self._wakeup < 0:
             self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._epoll.register(self._wakeup, select.EPOLLIN)
+            self._update()
 
     def wake(self) -> None:
         """Let the router look around."""
@@ -92,11 +94,13 @@ class Watches:
             os.close(copy)
             return None
         self._callbacks[copy] = callback
+        self._update()
 
         def unwatch() -> None:
             if self._callbacks.pop(copy, None) is not None:
                 self._epoll.unregister(copy)
                 os.close(copy)
+                self._update()
 
         return unwatch
 
@@ -208,14 +212,15 @@ class Router:
                 request = self._backlog.popleft()
                 self._dispatch(memoryview(request), len(request))
                 continue
-            deadline = domain.next_deadline()
             timeout = -1
-            if deadline is not None:
-                timeout = min(max(deadline - monotonic(), 0), _LONGEST_WAIT_NS)
+            if domain.watches_deadlines:
+                deadline = domain.next_deadline()
+                if deadline is not None:
+                    timeout = min(max(deadline - monotonic(), 0), _LONGEST_WAIT_NS)
             reply, handles.reply = handles.reply, b""
             release()
             n = next_request(
-                device, reply, len(reply), watches.fileno(), pointer, size, timeout, spin
+                device, reply, len(reply), watches.fd, pointer, size, timeout, spin
             )
             acquire()
             if watchdog.asleep:

@@ -27,8 +27,9 @@ RELEASE_IN = Struct("=QIIQ")
 """struct fuse_release_in: fh, flags, release_flags, lock_owner."""
 IOCTL_IN = Struct("=QIIQII")
 """struct fuse_ioctl_in: fh, flags, cmd, arg, in_size, out_size."""
-IOCTL_REQUEST = Struct("=IIQQIIIHHQIIQII")
-"""fuse_in_header and struct fuse_ioctl_in in one."""
+IOCTL_REQUEST = Struct("=8xQ8xIII4xQIIQI4x")
+"""What of fuse_in_header and struct fuse_ioctl_in is used: unique, uid, gid, pid; fh, flags, cmd,
+arg, in_size."""
 IOCTL_OUT = Struct("=IiQiIII")
 """fuse_out_header and struct fuse_ioctl_out in one: ..., result, flags, in_iovs, out_iovs."""
 POLL_IN = Struct("=QQII")
