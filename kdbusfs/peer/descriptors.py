@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -134,7 +135,8 @@ class FileDescriptor:
         fd, self.fd = self.fd, -1
         if getattr(self, "_harmless", False):
             os.close(fd)
-        else:
+        elif not sys.is_finalizing():
+            # Else no thread can be started any more, and the end of the process closes it.
             _closers.close(fd, self._uid)
 
     def is_path(self) -> bool:
