@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import heapq
 import stat
+import weakref
 from errno import EMFILE
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +16,8 @@ from .node import Node
 from .quota import User
 
 if TYPE_CHECKING:
+    from .node import Subject
+    from .peer import Credentials
     from .reply import Reply
 
 
@@ -65,15 +68,17 @@ class Domain:
             raise CommandError(EMFILE, f"{user.n_connections} connections of this user")
         user.n_connections += 1
 
-    def take_ino(self) -> int:
-        """The lowest free inode number."""
+    def new_node(self, name: str, mode: int, subject: Subject, who: Credentials) -> Node:
+        """A node owned by *who*, not linked yet, with the lowest free inode number. That is free
+        again when nobody refers to the node any more."""
         if self._free_inos:
-            return heapq.heappop(self._free_inos)
-        self._next_ino += 1
-        return self._next_ino - 1
-
-    def give_ino(self, ino: int) -> None:
-        heapq.heappush(self._free_inos, ino)
+            ino = heapq.heappop(self._free_inos)
+        else:
+            ino = self._next_ino
+            self._next_ino += 1
+        node = Node(ino, name, mode, subject, who.euid, who.egid)
+        weakref.finalize(node, heapq.heappush, self._free_inos, ino).atexit = False
+        return node
 
     # --- deadlines of requests
 

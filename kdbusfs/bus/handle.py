@@ -163,7 +163,7 @@ class Handle:
         call.peer.write(call.address + 16, call.data[16:24])
         bus.creator.n_buses += 1
         mode = S_IFDIR | access_mode(call.flags, 0o500)
-        directory = Node(domain.take_ino(), name, mode, bus, who.euid, who.egid)
+        directory = domain.new_node(name, mode, bus, who)
         self._add_endpoint(bus, directory, "bus", call.flags, who, custom=False)
         domain.root.link(directory)
         self.bus = bus
@@ -180,7 +180,7 @@ class Handle:
         self, bus: Bus, directory: Node, name: str, flags: int, who: Credentials, *, custom: bool
     ) -> Endpoint:
         mode = S_IFREG | access_mode(flags, 0o600)
-        node = Node(self.domain.take_ino(), name, mode, bus, who.euid, who.egid)
+        node = self.domain.new_node(name, mode, bus, who)
         endpoint = Endpoint(bus, node, custom)
         node.subject = endpoint
         bus.endpoints[endpoint] = None

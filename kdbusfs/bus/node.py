@@ -33,7 +33,18 @@ def access_mode(flags: int, owner: int) -> int:
 class Node:
     """A directory or file. *subject* is what it stands for: domain, bus or endpoint."""
 
-    __slots__ = ("ino", "name", "mode", "uid", "gid", "parent", "children", "subject", "alive")
+    __slots__ = (
+        "ino",
+        "name",
+        "mode",
+        "uid",
+        "gid",
+        "parent",
+        "children",
+        "subject",
+        "alive",
+        "__weakref__",
+    )
 
     def __init__(
         self,

@@ -26,6 +26,15 @@ _F_SEAL_FUTURE_WRITE = 0x10
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL | _F_SEAL_FUTURE_WRITE
 
 
+MAX_POOL_SIZE = 1 << 32
+"""A pool takes address space of the daemon, if no memory: nobody is to use all of it up."""
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_POOL_SIZE:
+        raise CommandError(ENOMEM, f"pool of {size} bytes, {MAX_POOL_SIZE} is the limit")
+
+
 class Backing(Protocol):
     """The pool side of one open endpoint."""
 
@@ -53,6 +62,7 @@ class PassthroughBacking:
         self.open_flags = wire.FOPEN_PASSTHROUGH | wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH
 
     def new_memory(self, size: int) -> PoolMemory:
+        _check_size(size)
         try:
             os.ftruncate(self._memfd, 0)
             os.ftruncate(self._memfd, size)
@@ -88,8 +98,7 @@ class CacheBacking:
         self.open_flags = wire.FOPEN_NOFLUSH | (wire.FOPEN_DIRECT_IO if direct_io else 0)
 
     def new_memory(self, size: int) -> PoolMemory:
-        if size >= 1 << 47:
-            raise CommandError(ENOMEM, f"no memory for a pool of {size} bytes")
+        _check_size(size)
         memory = PoolMemory(-1, size, self._store)
         self._set_size(size)
         # A byte at the very end makes the inode as large as the pool.

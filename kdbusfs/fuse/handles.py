@@ -45,6 +45,8 @@ _DIRECTION_READ = 0x80000000
 _HUNG_UP = POLLERR | POLLHUP
 _WRITABLE = POLLOUT | POLLWRNORM
 _READABLE = POLLIN | POLLRDNORM | _WRITABLE
+_TRACERS = 16
+"""How many callers may be under ptrace at a time; each can take up to the timeout."""
 _TRACER_TIMEOUT_NS = 1_000_000_000
 _INCOMPLETE = int(RecvReturnFlag.INCOMPLETE_FDS)
 _SOCKET_HEADER = Struct("=QQ")
@@ -118,7 +120,7 @@ class Handles:
         """The call whose request is being handled."""
         self.reply: Buffer = b""
         """Its answer, if that is ready: the router writes it as it goes for the next request."""
-        self._workers = ThreadPoolExecutor(4, "kdbusfs-tracer")
+        self._workers = ThreadPoolExecutor(_TRACERS, "kdbusfs-tracer")
 
     def close(self) -> None:
         """The mount is gone: every file is closed, in the order of opening."""
