@@ -17,10 +17,20 @@ TESTS ?= tests
 NATIVE_SOURCES = $(filter-out kdbusfs/native/_native.c,$(wildcard kdbusfs/native/*.[ch] kdbusfs/native/build.py)) \
 	$(wildcard libkdbus/include/*/*.h libkdbus/src/*.[ch] libkdbus/python/kdbus/_build.py)
 
+# The modules mypyc compiles are listed in setup.py. KDBUSFS_COMPILE=0 runs all of it
+# as Python: slower, and an edit needs no make to have an effect.
+KDBUSFS_COMPILE ?= 0
+export KDBUSFS_COMPILE
+ifeq ($(KDBUSFS_COMPILE),1)
+COMPILED_SOURCES := $(shell sed -n 's/^    "\(kdbusfs.*\.py\)",/\1/p' setup.py)
+endif
+
 C_SOURCES = $(filter-out %/_native.c,$(wildcard kdbusfs/native/*.c libkdbus/src/*.c examples/*.c \
 	bench/*.c tests/*.c tests/*/*.c))
 C_WARNINGS := -std=gnu11 -O2 -D_GNU_SOURCE= -Wall -Wextra -Wshadow -Wundef -Wstrict-prototypes \
 	-Wmissing-prototypes -Wvla -Werror
+
+REMOVE_COMPILED := rm -f *__mypyc.*.so kdbusfs/abi/*.so kdbusfs/bus/*.so kdbusfs/fuse/*.so kdbusfs/peer/*.so
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -58,6 +68,7 @@ clean: ## remove all that was built, the virtual environment too
 	done
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f kdbusfs/native/_native.* libkdbus/python/kdbus/_kdbus.*
+	$(REMOVE_COMPILED)
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # --- done when needed -----------------------------------------------------------
@@ -70,11 +81,12 @@ setup: $(VENV)/.installed
 $(VENV)/.packages: tools/packages.sh
 	@tools/packages.sh $(PYTHON)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install $(PIP_OPTIONS) --upgrade 'setuptools>=77' 'cffi>=1.15'
+	@$(BIN)/pip install $(PIP_OPTIONS) --upgrade 'setuptools>=77' 'cffi>=1.15' 'mypy>=1.15'
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py $(NATIVE_SOURCES)
+$(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py $(NATIVE_SOURCES) $(COMPILED_SOURCES)
 	@echo "installing kdbusfs into $(VENV)"
+	@$(REMOVE_COMPILED)
 	@$(BIN)/pip install $(PIP_OPTIONS) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
