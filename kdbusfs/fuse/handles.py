@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from errno import EBADF, EBUSY, EINTR, EINVAL, EIO, ENODEV, ENOTTY, EPERM
+from errno import EBADF, EBUSY, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOTTY, EPERM
 from select import POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
 from struct import Struct
 from typing import Protocol
@@ -21,13 +21,14 @@ from typing import Protocol
 from ..abi.commands import FORMS
 from ..abi.errors import CommandError, Fault, Overtaken
 from ..abi.items import Buffer
-from ..abi.numbers import ExtensionCommand, RecvReturnFlag
+from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
 from ..abi.structs import U64
 from ..bus.call import PENDING, Call
 from ..bus.connection import Delivery
 from ..bus.domain import Domain
 from ..bus.endpoint import Endpoint
 from ..bus.handle import Handle
+from ..bus.node import Node
 from ..native import ffi, lib
 from ..peer.descriptors import FileDescriptor, Watcher
 from ..peer.memory import PoolMemory
@@ -49,6 +50,9 @@ _TRACERS = 16
 """How many callers may be under ptrace at a time; each can take up to the timeout."""
 _TRACER_TIMEOUT_NS = 1_000_000_000
 _INCOMPLETE = int(RecvReturnFlag.INCOMPLETE_FDS)
+_MAX_OPEN = 4 * int(Limit.USER_CONNECTIONS)
+"""Endpoints a user may have open, but for root: all its connections, and many that have not said
+HELLO."""
 _SOCKET_HEADER = Struct("=QQ")
 """What precedes descriptors on a connection's socket: offset of the slice, how many."""
 _BY_SOCKET = frozenset({ExtensionCommand.RECV, ExtensionCommand.SEND})
@@ -69,7 +73,7 @@ class NewBacking(Protocol):
 class OpenFile:
     """What an fh of ours stands for: a handle of the bus and how the kernel sees it."""
 
-    __slots__ = ("backing", "fh", "handle", "kh", "memory", "nodeid", "poll_wanted")
+    __slots__ = ("backing", "fh", "handle", "kh", "memory", "nodeid", "poll_wanted", "uid")
 
     def __init__(self, fh: int, nodeid: int, backing: Backing | None) -> None:
         self.fh = fh
@@ -77,6 +81,8 @@ class OpenFile:
         self.backing = backing
         self.handle: Handle
         self.memory: PoolMemory | None = None
+        self.uid = 0
+        """Who opened it."""
         self.kh = 0
         """The kernel's name for whoever polls this file."""
         self.poll_wanted = False
@@ -109,6 +115,9 @@ class Handles:
         self._trace = trace
         self._files: dict[int, OpenFile] = {}
         self._open_nodeids: set[int] = set()
+        self._n_open: dict[int, int] = {}
+        """Open endpoints by uid: each takes descriptors of ours."""
+        self._warned: set[Node] = set()
         self._next_fh = 1
         self._waiting: dict[int, Call] = {}
         """Calls that are PENDING, by the unique of their request. The origin of a call is its
@@ -151,12 +160,10 @@ class Handles:
             peer = self._peer(ids)
             has_pool = isinstance(node.subject, Endpoint)
             if has_pool and nodeid in self._open_nodeids:
-                log.warning(
-                    "second open of one inode of %s refused: bind-mount the bus's directory, "
-                    "not the endpoint alone",
-                    node.name,
-                )
+                self._warn_of_second_open(node)
                 raise CommandError(EBUSY, "an inode has one pool")
+            if has_pool and peer.uid and self._n_open.get(peer.uid, 0) >= _MAX_OPEN:
+                raise CommandError(EMFILE, f"{_MAX_OPEN} endpoints open of this user")
             file = OpenFile(self._next_fh, nodeid, None)
             file.handle = Handle(self._domain, node, peer.credentials(), file.new_memory)
             if has_pool:
@@ -165,6 +172,8 @@ class Handles:
                 except OSError as error:
                     raise CommandError(error.errno or EIO, "no backing for a pool") from None
                 self._open_nodeids.add(nodeid)
+                file.uid = peer.uid
+                self._n_open[peer.uid] = self._n_open.get(peer.uid, 0) + 1
             flags, backing_id = wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH, 0
             if file.backing is not None:
                 flags, backing_id = file.backing.open_flags, file.backing.backing_id
@@ -192,7 +201,21 @@ class Handles:
             file.handle.connection.waker = None
         if file.backing is not None:
             self._open_nodeids.discard(file.nodeid)
+            n_open = self._n_open.pop(file.uid) - 1
+            if n_open:
+                self._n_open[file.uid] = n_open
             file.backing.close()
+
+    def _warn_of_second_open(self, node: Node) -> None:
+        """Say once for each node what its users can't find out: they could fill the log."""
+        if node in self._warned:
+            return
+        self._warned = {known for known in self._warned if known.alive} | {node}
+        log.warning(
+            "second open of one inode of %s refused: bind-mount the bus's directory, "
+            "not the endpoint alone",
+            node.name,
+        )
 
     def _peer(self, ids: tuple[int, int, int]) -> Process:
         uid, gid, tid = ids
