@@ -66,9 +66,9 @@ _public_ int kdbus_bus_new(struct kdbus_bus **busp, const char *root, const char
 				    sizeof(options->attach_flags))) < 0)
 		return r;
 
-	bus->fd = open(control, O_RDWR | O_CLOEXEC);
+	bus->fd = open_node(control);
 	if (bus->fd < 0)
-		return -errno;
+		return bus->fd;
 
 	cmd = (void *)chain.data;
 	cmd->size = chain.size;

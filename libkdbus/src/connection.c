@@ -221,9 +221,9 @@ _public_ int kdbus_conn_new(struct kdbus_conn **connp, const char *path,
 	_cleanup_(closep) int fd = -1;
 	int r;
 
-	fd = open(path, O_RDWR | O_CLOEXEC);
+	fd = open_node(path);
 	if (fd < 0)
-		return -errno;
+		return fd;
 
 	r = kdbus_conn_new_from_fd(connp, fd, options);
 	if (r < 0)

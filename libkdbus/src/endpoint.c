@@ -56,9 +56,9 @@ _public_ int kdbus_endpoint_new(struct kdbus_endpoint **endpointp, const char *b
 	    (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_MAKE_NAME, name)) < 0)
 		return r;
 
-	endpoint->fd = open(bus_path, O_RDWR | O_CLOEXEC);
+	endpoint->fd = open_node(bus_path);
 	if (endpoint->fd < 0)
-		return -errno;
+		return endpoint->fd;
 
 	cmd = (void *)chain.data;
 	cmd->size = chain.size;

@@ -6,6 +6,7 @@
  */
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
@@ -38,6 +39,18 @@ static inline void closep(int *fdp)
 static inline void freep(void *p)
 {
 	free(*(void **)p);
+}
+
+/* A node, close-on-exec: for reading only where it is mounted read-only, as a
+ * container may have it. No command asks how a node was opened.
+ */
+static inline int open_node(const char *path)
+{
+	int fd = open(path, O_RDWR | O_CLOEXEC);
+
+	if (fd < 0 && errno == EROFS)
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+	return fd < 0 ? -errno : fd;
 }
 
 static inline int kdbus_ioctl(int fd, unsigned long code, void *cmd)

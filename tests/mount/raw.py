@@ -303,8 +303,10 @@ def read_items(chain: bytes) -> Iterator[tuple[int, bytes]]:
 class File:
     """An open node, to be closed once."""
 
+    access = os.O_RDWR
+
     def __init__(self, path: str | Path, dir_fd: int | None = None) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC, dir_fd=dir_fd)
+        self.fd = os.open(path, self.access | os.O_CLOEXEC, dir_fd=dir_fd)
 
     def fileno(self) -> int:
         return self.fd
