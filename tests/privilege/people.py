@@ -40,6 +40,8 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
 MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
 MS_REMOUNT = 32
 MS_BIND = 4096
 MS_REC = 16384
@@ -81,7 +83,9 @@ def bind(source: str, target: str, read_only: bool = False) -> None:
     mount("", "/", flags=MS_REC | MS_PRIVATE)
     mount(source, target, flags=MS_BIND)
     if read_only:
-        mount(source, target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
+        # In a user namespace of one's own, what is locked has to stay (mount_namespaces(7)).
+        kept = MS_NOSUID | MS_NODEV
+        mount(source, target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY | kept)
 
 
 def drop_capability(number: int) -> None:
