@@ -474,6 +474,7 @@ class Bus:
         self.alive = False
         for endpoint in list(self.endpoints):
             self.end_endpoint(endpoint)
+        self.names.close()
         unlink()
 
     def check(self) -> None:

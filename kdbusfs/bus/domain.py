@@ -117,5 +117,5 @@ class Domain:
     def check(self) -> None:
         """Assert what must hold between any two calls, on every bus."""
         for node in self.root.children.values():
-            if node.subject is not self:
+            if node.subject is not None and node.subject is not self:
                 node.subject.check()

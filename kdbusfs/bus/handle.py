@@ -355,6 +355,8 @@ class Handle:
                 self.connection.bus.disconnect(self.connection)
             self.connection.user.n_connections -= 1
             self.connection.pool.close()
+        # It belongs to the file, which refers to this handle; a ring would keep both.
+        self.new_memory = _no_memory
 
     def _end_bus(self) -> None:
         bus = self.bus
@@ -374,6 +376,10 @@ _NEGOTIATES_MORE = frozenset(
 def is_command(code: int) -> bool:
     """Whether *code* is a command at all; ENOTTY if not, on whatever handle."""
     return code in FORMS
+
+
+def _no_memory(size: int) -> Memory:
+    raise CommandError(EBADFD, "closed")
 
 
 def _given(call: Call, type_: ItemType) -> bytes:

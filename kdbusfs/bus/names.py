@@ -77,6 +77,10 @@ Migrate = Callable[[NameEntry, "Connection", "Connection"], None]
 """Move what waits for a name from its old owner to the new one."""
 
 
+def _nowhere(entry: NameEntry, old: Connection, new: Connection) -> None:
+    raise AssertionError("the bus has ended")
+
+
 class NameRegistry:
     """All names of a bus. *migrate* is called where messages follow a name (between an activator
     and an implementer, either way)."""
@@ -86,6 +90,11 @@ class NameRegistry:
     def __init__(self, migrate: Migrate) -> None:
         self.entries: dict[bytes, NameEntry] = {}
         self._migrate = migrate
+
+    def close(self) -> None:
+        """The bus has ended, and all names with it; what refers back to it is let go."""
+        assert not self.entries
+        self._migrate = _nowhere
 
     def owner_of(self, name: bytes) -> Connection | None:
         """The connection that owns *name*, activators included."""

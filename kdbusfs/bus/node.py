@@ -31,7 +31,8 @@ def access_mode(flags: int, owner: int) -> int:
 
 
 class Node:
-    """A directory or file. *subject* is what it stands for: domain, bus or endpoint."""
+    """A directory or file. *subject* is what it stands for: domain, bus or endpoint;
+    None once that has gone."""
 
     __slots__ = (
         "ino",
@@ -51,7 +52,7 @@ class Node:
         ino: int,
         name: str,
         mode: int,
-        subject: Subject,
+        subject: Subject | None,
         uid: int = 0,
         gid: int = 0,
         parent: Node | None = None,
@@ -78,4 +79,6 @@ class Node:
 
     def unlink(self, child: Node) -> None:
         child.alive = False
+        # What it stood for refers to it; a ring would keep both for a long time.
+        child.subject = None
         self.children = {n: c for n, c in self.children.items() if c is not child}
