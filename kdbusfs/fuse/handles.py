@@ -288,9 +288,12 @@ class Handles:
     def _answer(self, call: Call, error: int, why: CommandError | None = None) -> None:
         """Store the results of *call* in its caller's memory and let it go."""
         delivery: Delivery | None = call.fds
-        if delivery is not None and not error:
-            self._deliver(call, delivery)
-            return
+        if delivery is not None:
+            # The latest call is remembered, but must keep nobody's files open.
+            call.fds = None
+            if not error:
+                self._deliver(call, delivery)
+                return
         if self._overtaken:
             self._overtaken.discard(call.origin[1])
         result = self._result(call, error)
