@@ -307,6 +307,8 @@ class Bus:
             entry = target.enqueue(message)
         except CommandError:
             reply.unlist()
+            if call is not None:
+                reply.call = call.wait = None
             raise
         entry.reply = reply
         reply.queued = True
