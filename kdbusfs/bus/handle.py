@@ -232,13 +232,11 @@ class Handle:
             if faked and facts.creds and endpoint.is_privileged(self.opener):
                 uid = facts.creds[0] if facts.creds[0] != UNSET_ID else uid
             user = self.domain.user(uid)
-        memory = self.new_memory(pool_size)
+        pool = Pool(pool_size, self.new_memory(pool_size))
         try:
             self.domain.connect(user)
             try:
-                connection = Connection(
-                    endpoint, id_, call.flags, self.opener, user, Pool(pool_size, memory)
-                )
+                connection = Connection(endpoint, id_, call.flags, self.opener, user, pool)
                 connection.attach_flags_send, connection.attach_flags_recv = send_mask, recv_mask
                 description = call.string(ItemType.CONN_DESCRIPTION)
                 connection.description = description
@@ -251,7 +249,7 @@ class Handle:
                 user.n_connections -= 1
                 raise
         except CommandError:
-            memory.close()
+            pool.close()
             raise
         self.connection = connection
         self.state = HandleState.CONNECTION
