@@ -195,6 +195,8 @@ class Handles:
 
     def _close_file(self, fh: int) -> None:
         file = self._files.pop(fh)
+        # The latest call may be the file's own, and would keep alive all that it had.
+        self._current = None
         file.handle.close()
         file.memory = None
         if file.handle.connection is not None:
