@@ -278,6 +278,9 @@ class Bus:
         if wanted and target.endpoint.may_talk(target, target.opener, message.sender):
             try:
                 target.enqueue(message)
+            except Overtaken:
+                if not message.delivered:
+                    raise
             except CommandError:
                 pass
 
@@ -310,8 +313,10 @@ class Bus:
             if call is not None:
                 reply.call = call.wait = None
             raise
-        entry.reply = reply
-        reply.queued = True
+        if reply.listed:
+            entry.reply = reply
+            reply.queued = True
+        # Else it ended while others went first, see `Overtaken`.
         return reply
 
     def _reply(self, message: Message) -> None:
@@ -323,18 +328,28 @@ class Bus:
                 break
         else:
             raise CommandError(EBADSLT, f"no request {message.timeout} waits for {sender.id}")
-        reply.unlist()
-        # The tracker is the permission: whoever asked may be answered.
-        self._copy_to_monitors(message)
-        if not reply.sync:
-            requester.enqueue(message)
-            return
+        # The tracker is the permission: whoever asked may be answered. It is used up whatever
+        # comes next, unless the command starts anew and has to find it again.
         try:
+            self._copy_to_monitors(message)
+            if not reply.listed:
+                raise CommandError(EBADSLT, "the request ended while others went first")
             entry = requester.stage(message)
         except CommandError as error:
-            self._finish(reply, EREMOTEIO if error.errno == ECOMM else error.errno)
+            if not isinstance(error, Overtaken) or message.delivered:
+                self._end_wait(reply, EREMOTEIO if error.errno == ECOMM else error.errno)
             raise
-        self._finish(reply, 0, entry)
+        self._end_wait(reply, 0, entry)
+
+    def _end_wait(self, reply: Reply, error: int, answer: QueueEntry | None = None) -> None:
+        """The answer to *reply* has come, or has failed."""
+        if reply.sync:
+            self._finish(reply, error, answer)
+            return
+        reply.unlist()
+        if answer is not None:
+            reply.requester.queue.append(answer)
+            reply.requester.wake()
 
     # --- synchronous calls
 

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Callers whose memory does not fault in: others go first, and the command starts anew.
+
+`Slow` lets something else happen at the moment the bus reads from it, and then tells the bus
+that it was overtaken, as `kdbusfs.peer.turn` does. The command must leave no trace, whatever
+happened meanwhile; tried again it does what it always does.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from errno import EBADSLT, ECONNRESET, EFAULT, ENXIO, EPIPE, ESRCH, ETIMEDOUT
+
+import pytest
+
+from bus.fakes import FakeMemory, FakePeer
+from bus.harness import ATTACH_ALL, SECOND, Bus, Pending, fails, item, u64
+from kdbusfs.abi.errors import CommandError, Overtaken
+from kdbusfs.abi.numbers import AttachFlag, HelloFlag, ItemType
+from kdbusfs.bus.metadata import Facts
+
+I = ItemType  # noqa: E741
+A = "com.example.a"
+
+
+class Slow(FakePeer):
+    """A process that others overtake when its payload or its metadata is read."""
+
+    skip = 0
+    """How many reads go well before that."""
+    meanwhile: Callable[[], object] | None = None
+
+    def _read(self) -> None:
+        if self.meanwhile is None:
+            return
+        if self.skip:
+            self.skip -= 1
+            return
+        meanwhile, self.meanwhile = self.meanwhile, None
+        meanwhile()
+        raise Overtaken
+
+    def fill(self, memory: FakeMemory, offset: int, segments: list[tuple[int, int]]) -> None:  # type: ignore[override]
+        self._read()
+        super().fill(memory, offset, segments)
+
+    def gather(self, facts: Facts, kinds: int) -> None:
+        self._read()
+        super().gather(facts, kinds)
+
+
+class Stage:
+    """A sender that is slow, and whom it deals with."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self.slow = Slow(1000)
+        self.sender = bus.hello(peer=self.slow)
+        self.target, self.other = bus.hello(), bus.hello()
+        self.target.acquire(A)
+
+    @contextmanager
+    def overtaken(self, meanwhile: Callable[[], object], skip: int = 0) -> Iterator[None]:
+        """What is inside is overtaken by *meanwhile*. Invariants do not hold in the middle."""
+        check, self.bus.domain.check = self.bus.domain.check, lambda: None  # type: ignore[method-assign]
+        self.slow.meanwhile, self.slow.skip = meanwhile, skip
+        try:
+            yield
+        finally:
+            self.bus.domain.check = check  # type: ignore[method-assign]
+            assert self.slow.meanwhile is None, "nobody was overtaken"
+        check()
+
+
+@pytest.fixture
+def stage(bus: Bus) -> Stage:
+    return Stage(bus)
+
+
+COMMANDS: dict[str, Callable[[Stage], object]] = {
+    "unicast": lambda s: s.sender.send(s.target, data=b"data", cookie=5),
+    "by name": lambda s: s.sender.send(A, data=b"data", cookie=5),
+    "request": lambda s: s.sender.request(s.target, data=b"data", cookie=5),
+    "request by name": lambda s: s.sender.request(A, data=b"data", cookie=5),
+    "broadcast": lambda s: s.sender.broadcast(data=b"data", cookie=5),
+    "signal": lambda s: s.sender.signal(s.target, data=b"data", cookie=5),
+    "reply": lambda s: s.sender.reply(s.target, 1, data=b"data", cookie=5),
+}
+MEANWHILE: dict[str, Callable[[Stage], object]] = {
+    "nothing": lambda s: None,
+    "mail": lambda s: s.other.send(s.target, cookie=4),
+    "a newcomer": lambda s: s.bus.hello(),
+    "a monitor": lambda s: s.bus.monitor(),
+    "time": lambda s: s.bus.domain.advance(2 * SECOND),
+    "the name goes": lambda s: s.target.release(A),
+    "an activator": lambda s: s.bus.activator(A),
+    "the target goes": lambda s: s.target.close(),
+    "the bus goes": lambda s: s.bus.file.close(),
+}
+AFTERWARDS = {
+    "the target goes": {0, ENXIO, ESRCH},
+    "the bus goes": {ECONNRESET},
+    "the name goes": {0, ESRCH},
+    "time": {0, EBADSLT},
+}
+
+
+def errno_of(do: Callable[[], object]) -> int:
+    try:
+        do()
+    except CommandError as error:
+        return error.errno
+    return 0
+
+
+@pytest.mark.parametrize("what", COMMANDS)
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+def test_a_command_that_was_overtaken_leaves_no_trace_and_starts_anew(
+    stage: Stage, what: str, meanwhile: str
+) -> None:
+    stage.target.match()
+    stage.target.request(stage.sender, cookie=1)
+    with stage.overtaken(lambda: MEANWHILE[meanwhile](stage)), fails(EFAULT):
+        COMMANDS[what](stage)
+    if not stage.target.closed:
+        assert 5 not in [m.cookie for m in stage.target.inbox()]
+        assert stage.sender.connection.n_requests == 0
+    errno = errno_of(lambda: COMMANDS[what](stage))
+    assert errno in AFTERWARDS.get(meanwhile, {0})
+    if not errno and stage.target.connection.queue:
+        assert stage.target.recv().data == b"data"
+
+
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+def test_a_call_that_was_overtaken_waits_for_nothing(stage: Stage, meanwhile: str) -> None:
+    calls: list[Pending] = []
+
+    def call() -> None:
+        calls.append(stage.sender.call(A, cookie=5))
+
+    stage.target.update(item(I.ATTACH_FLAGS_RECV, u64(AttachFlag.CREDS)))
+    with stage.overtaken(lambda: MEANWHILE[meanwhile](stage)):
+        call()
+    assert not calls[0].waiting
+    assert stage.sender.connection.n_requests == 0
+    call()
+    if calls[1].waiting:
+        stage.bus.domain.advance(9 * SECOND)
+        assert calls[1].error == ETIMEDOUT
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_reply_that_was_overtaken_can_be_given_again(stage: Stage, sync: bool) -> None:
+    if sync:
+        waiting = stage.target.call(stage.sender, cookie=1)
+    else:
+        stage.target.request(stage.sender, cookie=1)
+    with stage.overtaken(lambda: None), fails(EFAULT):
+        stage.sender.reply(stage.target, 1, data=b"answer")
+    stage.sender.reply(stage.target, 1, data=b"answer")
+    got = waiting.reply if sync else stage.target.recv()
+    assert got.data == b"answer"
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "ends"),
+    [("time", ETIMEDOUT), ("the target goes", ECONNRESET), ("the bus goes", EPIPE)],
+)
+def test_a_reply_comes_too_late_for_a_call_that_ended_meanwhile(
+    stage: Stage, meanwhile: str, ends: int
+) -> None:
+    waiting = stage.target.call(stage.sender, cookie=1)
+    with stage.overtaken(lambda: MEANWHILE[meanwhile](stage)), fails(EFAULT):
+        stage.sender.reply(stage.target, 1, data=b"answer")
+    assert waiting.error == ends
+    assert errno_of(lambda: stage.sender.reply(stage.target, 1)) in (EBADSLT, ENXIO, ECONNRESET)
+
+
+def test_a_broadcast_that_reached_somebody_is_lost_to_the_others(stage: Stage) -> None:
+    for client in (stage.target, stage.other):
+        client.match()
+    with stage.overtaken(stage.bus.hello, skip=1):
+        stage.sender.broadcast(data=b"data", cookie=5)
+    got = stage.target.inbox()
+    assert [m.cookie for m in got if m.src_id] == [5]
+    assert [m.cookie for m in stage.other.inbox() if m.src_id] == []
+
+
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+@pytest.mark.parametrize("skip", [1, 2])
+@pytest.mark.parametrize("what", COMMANDS)
+def test_what_monitors_have_seen_is_not_sent_again(
+    stage: Stage, what: str, meanwhile: str, skip: int
+) -> None:
+    monitors = [stage.bus.monitor() for _ in range(2)]
+    stage.target.match()
+    stage.target.request(stage.sender, cookie=1)
+    errnos = []
+    with stage.overtaken(lambda: MEANWHILE[meanwhile](stage), skip=skip):
+        errnos.append(errno_of(lambda: COMMANDS[what](stage)))
+    assert errnos[0] in (0, EFAULT, ECONNRESET, EBADSLT)
+    if not monitors[0].connection.alive:
+        return
+    seen = [m.cookie for m in monitors[0].inbox() if m.src_id == stage.sender.id]
+    assert seen.count(5) == 1
+    assert stage.sender.connection.n_requests in (0, 1)
+    stage.bus.domain.advance(9 * SECOND)
+    if not stage.target.closed:
+        stage.target.inbox()
+        assert stage.sender.connection.n_requests == 0
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "a newcomer", "the bus goes"])
+def test_a_hello_that_was_overtaken_leaves_the_handle_as_it_was(
+    stage: Stage, meanwhile: str
+) -> None:
+    file = stage.bus.open(peer=stage.slow)
+    with stage.overtaken(lambda: MEANWHILE[meanwhile](stage)), fails(EFAULT):
+        file.hello()
+    assert file.hung_up
+    if meanwhile != "the bus goes":
+        file.hello()
+
+
+def test_metadata_is_gathered_anew(stage: Stage) -> None:
+    curious = stage.bus.hello(recv=ATTACH_ALL, flags=HelloFlag.ACCEPT_FD)
+
+    def change() -> None:
+        stage.slow.metadata.tid_comm = b"changed"
+
+    with stage.overtaken(change), fails(EFAULT):
+        stage.sender.send(curious)
+    stage.sender.send(curious)
+    (got,) = curious.inbox()
+    assert got.the(I.TID_COMM) == b"changed\0"
