@@ -334,6 +334,17 @@ def test_chmod_and_chown_hold_for_the_nodes_life(mount: daemons.Mount, root_fd: 
         assert access(root_fd, bus, USER, USER) == "connected"
 
 
+def test_nodes_have_no_extended_attributes(mount: daemons.Mount, bus: Bus) -> None:
+    for path in (mount.path, mount.path / "control", bus.directory, bus.path):
+        for attempt in (
+            lambda path: os.getxattr(path, "user.colour"),
+            lambda path: os.setxattr(path, "user.colour", b"red"),
+            lambda path: os.setxattr(path, "system.posix_acl_access", b"\2\0\0\0"),
+        ):
+            with fails(errno.EOPNOTSUPP):
+                attempt(path)
+
+
 def test_the_file_system_says_what_it_is(mount: daemons.Mount) -> None:
     st = os.statvfs(mount.path)
     assert st.f_bsize == os.sysconf("SC_PAGE_SIZE")
