@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --quiet --disable-pip-version-check
 TESTS ?= tests
+TIME ?= 600
+SEED ?= 0
 
 # What the native module and the Python client are compiled from: a change in
 # any of it makes the editable install build them again.
@@ -36,7 +38,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check bench install clean library root
+.PHONY: help setup demo test fuzz check bench install clean library root
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -47,6 +49,9 @@ demo: root setup library ## mount, let programs in C and Python talk to each oth
 
 test: root setup library ## run all tests, on both kinds of pool (TESTS=... picks some)
 	@$(BIN)/python -m pytest $(TESTS)
+
+fuzz: root setup library ## throw anything at a bus for TIME seconds (SEED=... repeats a run)
+	@KDBUSFS_FUZZ_SECONDS=$(TIME) KDBUSFS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s tests/fuzz
 
 check: setup ## ruff, mypy, and the C compiler with warnings as errors
 	@$(BIN)/ruff check .

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the tests at volume share: their programs, and what a daemon takes of the machine."""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import daemons
+
+ROOT = Path(__file__).parents[1]
+LIBKDBUS = ROOT / "libkdbus"
+SHARES = ROOT / "tests/fuzz/shares.c"
+MAX_DESCRIPTORS_MORE = 3
+"""Two to wake the router with, which it keeps after the first time, and one to be lenient."""
+
+
+def compile_program(target: Path, *sources: Path) -> Path:
+    """Compile a C program together with the client library."""
+    command = ["gcc", "-std=gnu11", "-O2", "-D_GNU_SOURCE=", "-Wall", "-Wextra", "-Werror"]
+    command += ["-pthread", "-I", f"{LIBKDBUS}/include", "-o", f"{target}"]
+    command += [*map(str, sources), *map(str, sorted((LIBKDBUS / "src").glob("*.c")))]
+    subprocess.run(command, check=True)
+    return target
+
+
+def run(seconds: float, *command: str | Path | int) -> dict[str, Any]:
+    """Run a program that says in JSON what it did, and must succeed within *seconds*."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@contextmanager
+def public_mount(pool: str) -> Iterator[daemons.Mount]:
+    """A daemon of one's own, mounted where every user can get to."""
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        with daemons.running(Path(directory), pool) as mount:
+            yield mount
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a daemon takes."""
+
+    resident: int
+    """Bytes of memory, shared ones included."""
+    descriptors: int
+    pools: int
+    """Mappings of pools."""
+
+    @classmethod
+    def of(cls, mount: daemons.Mount) -> "Footprint":
+        process = Path(f"/proc/{mount.pid}")
+        lines = (process / "status").read_text().splitlines()
+        (resident,) = (int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
+        maps = (process / "maps").read_text()
+        return cls(resident * 1024, len(os.listdir(process / "fd")), maps.count("kdbus-conn"))
+
+
+def check_nothing_is_left(mount: daemons.Mount, before: Footprint, more_memory: int) -> Footprint:
+    """Hold the daemon, whose clients have all gone, against what it was *before* they came: its
+    memory may have grown by *more_memory* bytes."""
+    assert mount.process.poll() is None, "the daemon has ended"
+    assert not mount.faults()
+    assert os.listdir(mount.path) == ["control"]
+
+    def settled() -> bool:
+        now = Footprint.of(mount)
+        return now.pools == 0 and now.descriptors <= before.descriptors + MAX_DESCRIPTORS_MORE
+
+    daemons.wait_until(settled, f"{Footprint.of(mount)} does not get back to {before}")
+    now = Footprint.of(mount)
+    assert now.resident <= before.resident + more_memory, (before, now)
+    return now
