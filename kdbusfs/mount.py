@@ -373,6 +373,20 @@ def _is_kdbusfs(mount: Mount | None) -> bool:
     return mount is not None and mount.fstype == FILESYSTEM_TYPE
 
 
+@contextmanager
+def _held(directory: Path) -> Iterator[str]:
+    """A path to *directory* that nobody can turn elsewhere; OSError ELOOP if it is not what it
+    was when its symlinks were resolved: somebody may own a directory on the way."""
+    descriptor = os.open(directory, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        path = f"/proc/self/fd/{descriptor}"
+        if os.readlink(path) != str(directory):
+            raise OSError(errno.ELOOP, "it has become a symbolic link")
+        yield path
+    finally:
+        os.close(descriptor)
+
+
 def _open_device() -> int:
     """Open /dev/fuse; UserError if this machine has none or the caller may not."""
     try:
@@ -430,7 +444,8 @@ class FuseMount:
         )
         try:
             flags = MountFlag.NOSUID | MountFlag.NODEV
-            _mount(SOURCE, str(self.mount_point), FILESYSTEM_TYPE, flags, options)
+            with _held(self.mount_point) as target:
+                _mount(SOURCE, target, FILESYSTEM_TYPE, flags, options)
         except OSError as error:
             code = os.EX_NOPERM if error.errno in (errno.EPERM, errno.EACCES) else os.EX_OSERR
             raise UserError(f"can't mount on {self.mount_point}: {error.strerror}", code) from error
