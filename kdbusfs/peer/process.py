@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Sequence
-from errno import EBADF
+from errno import EBADF, EPERM
 
 from ..abi.errors import CommandError
 from ..abi.items import Buffer
@@ -97,15 +97,17 @@ class Process:
 
     @property
     def status(self) -> Status:
+        """EPERM for a caller that is outside of our PID namespace, or hidden in our /proc."""
         if self._status is None:
-            self._status = Status(self.tid)
+            status = Status(self.tid)
+            if not status:
+                # It is held in a call of ours, so it is there.
+                raise CommandError(EPERM, f"no /proc/{self.tid}")
+            self._status = status
         return self._status
 
     def credentials(self) -> Credentials:
         status = self.status
-        if not status:
-            # It is held in a call of ours, so this is a mount that hides processes from us.
-            raise CommandError(EBADF, f"no /proc/{self.tid}")
         users = user_namespace(self.tid)
         uids, gids = status.uids(), status.gids()
         if uids[3] != self.uid or gids[3] != self.gid:
