@@ -82,6 +82,8 @@ class FakeFile:
 
     kdbus: bool = False
     unix_socket: bool = False
+    own_channel: bool = False
+    """A socket to the caller itself."""
     path: bool = False
     """O_PATH"""
     size: int | None = None
@@ -98,7 +100,7 @@ class FakeFile:
         return self.unix_socket
 
     def is_own_channel(self) -> bool:
-        return self.unix_socket
+        return self.own_channel
 
     def is_path(self) -> bool:
         return self.path

@@ -272,6 +272,22 @@ def test_nodes_belong_to_the_effective_ids_of_who_made_them(domain: FakeDomain) 
         assert (node.uid, node.gid) == (1000, 1001)
 
 
+def test_inode_numbers_are_the_lowest_that_are_free(domain: FakeDomain) -> None:
+    first, second = domain.make_bus("one"), domain.make_bus("two")
+    held = first.open()
+    paths = [first.name, f"{first.name}/bus", second.name, f"{second.name}/bus"]
+    assert [domain.node(path).ino for path in paths] == [3, 4, 5, 6]
+    first.file.close()
+    # They are in use as long as somebody has a file open there.
+    third = domain.make_bus("three")
+    assert [domain.node(p).ino for p in (third.name, f"{third.name}/bus")] == [7, 8]
+    held.close()
+    domain.files.remove(held)
+    del held
+    fourth = domain.make_bus("four")
+    assert [domain.node(p).ino for p in (fourth.name, f"{fourth.name}/bus")] == [3, 4]
+
+
 def test_a_node_that_died_between_lookup_and_open_is_shut_down(bus: Bus) -> None:
     node = bus.domain.node(f"{bus.name}/bus")
     bus.file.close()

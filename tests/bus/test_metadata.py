@@ -318,6 +318,29 @@ def test_one_message_is_told_to_each_in_its_own_terms(bus: Bus) -> None:
     assert outside.recv().numbers(I.PIDS) == (sender.peer.tid, sender.peer.tid, 1)
 
 
+# --- a /proc that hides processes
+
+
+@pytest.mark.parametrize(
+    ("egid", "told"),
+    [(1000, [I.CREDS, I.PIDS, I.TIMESTAMP]), (77, [I.CREDS, I.PIDS, I.TID_COMM, I.TIMESTAMP])],
+)
+def test_where_proc_hides_processes_the_senders_mask_counts(
+    bus: Bus, egid: int, told: list[int]
+) -> None:
+    hidden = PidNamespace((1,), hidepid_group=77)
+    listener = FakePeer(1000, egid)
+    listener.pids = hidden
+    client = bus.hello(peer=listener, recv=F.CREDS | F.PIDS | F.TID_COMM | F.TIMESTAMP)
+    sender = bus.hello(send=0)
+    sender.peer.pids = hidden
+    sender.send(client)
+    assert client.recv().types == told
+    with sender.used_by(listener):
+        sender.send(client)
+    assert I.TID_COMM in client.recv().types, "one's own thread is never hidden"
+
+
 # --- the executable
 
 

@@ -11,6 +11,7 @@ from errno import (
     EPIPE,
     ESRCH,
     ETIMEDOUT,
+    EXFULL,
 )
 from typing import Any
 
@@ -466,6 +467,18 @@ def test_mail_that_can_not_move_is_lost_at_the_new_owner(bus: Bus) -> None:
     assert (got.cookie, got.lost) == (3, 2)
     assert activator.lost() == 0
     assert client.inbox() == []
+
+
+def test_mail_does_not_move_into_a_pool_without_room(bus: Bus) -> None:
+    bus.activator(A)
+    client, full = bus.hello(), bus.hello(pool_size=4096)
+    client.send(A)
+    with fails(EXFULL):
+        while True:
+            full.info(full.id, kinds=0, free=False)
+    full.acquire(A)
+    assert full.connection.quota.queued == 0
+    assert full.lost() == 1
 
 
 def test_moved_descriptors_arrive(bus: Bus) -> None:

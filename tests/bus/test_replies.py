@@ -551,3 +551,15 @@ def test_a_resumed_call_may_be_cancelled(client: Client, server: Client) -> None
     assert again.error == ECANCELED
     with fails(EAGAIN):
         client.recv()
+
+
+def test_of_two_interrupted_calls_with_one_cookie_the_later_can_be_resumed(
+    client: Client, server: Client
+) -> None:
+    calls = [client.call(server, cookie=5) for _ in range(2)]
+    for call in calls:
+        call.interrupt()
+    server.reply(client, 5, data=b"answer")
+    with fails(EBADSLT):
+        server.reply(client, 5)
+    assert client.call(server, cookie=5).reply.data == b"answer"

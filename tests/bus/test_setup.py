@@ -432,3 +432,12 @@ def test_an_endpoints_policy_acts_at_once_on_those_who_are_there(bus: Bus) -> No
         guest.acquire("com.example.a")
     endpoint.endpoint_update(name("com.example.a"), OWN)
     guest.acquire("com.example.a")
+
+
+def test_an_endpoints_policy_names_each_name_once(bus: Bus) -> None:
+    endpoint = bus.endpoint("1000-custom", name("com.example.a"))
+    with fails(EEXIST):
+        endpoint.endpoint_update(name("com.example.b"), name("com.example.b"))
+    core = endpoint.handle.endpoint
+    assert core is not None
+    assert core.policy.names() == [b"com.example.a"]
