@@ -298,6 +298,7 @@ class Person:
         """All of the forked process's life."""
         try:
             signal.alarm(LIFETIME_SECONDS)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if directory:
                 os.chdir(directory)
             if self.uid is not None:
