@@ -118,7 +118,7 @@ class Mapping:
         self.address, self.size = address, size
 
     def read(self, offset: int, size: int) -> bytes:
-        assert 0 <= offset
+        assert offset >= 0
         assert offset + size <= self.size
         return ctypes.string_at(self.address + offset, size)
 
