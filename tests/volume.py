@@ -57,7 +57,9 @@ class Footprint:
     """What a daemon takes."""
 
     resident: int
-    """Bytes of memory, shared ones included."""
+    """Bytes of memory, those of pools included."""
+    peak: int
+    """The most that this ever was."""
     descriptors: int
     pools: int
     """Mappings of pools."""
@@ -66,9 +68,13 @@ class Footprint:
     def of(cls, mount: daemons.Mount) -> "Footprint":
         process = Path(f"/proc/{mount.pid}")
         lines = (process / "status").read_text().splitlines()
-        (resident,) = (int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
-        maps = (process / "maps").read_text()
-        return cls(resident * 1024, len(os.listdir(process / "fd")), maps.count("kdbus-conn"))
+        values = dict(line.split(":", 1) for line in lines)
+        return cls(
+            resident=int(values["VmRSS"].split()[0]) * 1024,
+            peak=int(values["VmHWM"].split()[0]) * 1024,
+            descriptors=len(os.listdir(process / "fd")),
+            pools=(process / "maps").read_text().count("kdbus-conn"),
+        )
 
 
 def check_nothing_is_left(mount: daemons.Mount, before: Footprint, more_memory: int) -> Footprint:
