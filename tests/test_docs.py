@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The documentation names things that exist."""
+"""The documentation names things that exist, and its examples run."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+import daemons
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,3 +56,33 @@ def test_every_behaviour_has_a_test_or_a_reason() -> None:
     assert len(rows) > 500
     assert all(len(row) == 3 for row in rows)
     assert not [row for row in rows if "::" not in row[1] and not row[2]]
+
+
+def example(language: str) -> str:
+    """The program in *language* in docs/libkdbus.md."""
+    text = (ROOT / "docs" / "libkdbus.md").read_text()
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+def test_the_example_in_c_runs(mount: daemons.Mount, tmp_path: Path) -> None:
+    library = ROOT / "libkdbus"
+    source, program = tmp_path / "upper.c", tmp_path / "upper"
+    source.write_text(example("c"))
+    warnings = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
+    sources = (source, *sorted((library / "src").glob("*.c")))
+    include = ("-D_GNU_SOURCE", f"-I{library / 'include'}", "-pthread")
+    subprocess.run(["cc", *warnings, *include, "-o", program, *sources], check=True)
+    run = subprocess.run([program, mount.path], capture_output=True, text=True, timeout=30)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "FOOBAR\n", "")
+
+
+def test_the_example_in_python_runs(mount: daemons.Mount) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", example("python"), mount.path],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    said = f"called by uid {os.geteuid()}\nFOOBAR\nsignal: colour\n"
+    assert (run.returncode, run.stdout, run.stderr) == (0, said, "")
