@@ -18,6 +18,7 @@ import socket
 import struct
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -280,10 +281,9 @@ class Person:
             except ProcessLookupError:
                 continue
         for pid in self._pids:
-            try:
+            daemons.wait_until(lambda pid=pid: not _is_alive(pid), f"{pid} can't be killed")  # type: ignore[misc]
+            with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
-            except ChildProcessError:
-                daemons.wait_until(lambda pid=pid: not _is_alive(pid), f"{pid} lives")  # type: ignore[misc]
         self._pids.clear()
 
     def __enter__(self) -> Self:
