@@ -498,13 +498,13 @@ static void run_file(Thread *thread) {
 		check_data(thread, pread(fd, buffer, sizeof(buffer), strange_number(thread) & INT64_MAX));
 		break;
 	case 3:
-		check(thread, lseek(fd, strange_number(thread) & INT64_MAX, below(thread, 5)));
+		check_data(thread, lseek(fd, strange_number(thread) & INT64_MAX, below(thread, 5)));
 		break;
 	case 4:
-		check(thread, ftruncate(fd, strange_number(thread) & INT64_MAX));
+		check_data(thread, ftruncate(fd, strange_number(thread) & INT64_MAX));
 		break;
 	case 5:
-		check(thread, fallocate(fd, below(thread, 64), below(thread, 1 << 20), 1 + below(thread, 1 << 20)));
+		check_data(thread, fallocate(fd, below(thread, 64), below(thread, 1 << 20), 1 + below(thread, 1 << 20)));
 		break;
 	case 6:
 		check(thread, fstat(fd, &st));

@@ -65,9 +65,11 @@ def check_reach(killed: int, results: dict[str, dict[str, int]]) -> None:
     """A fuzzer that is turned away at the door finds nothing, nor does one that is too polite."""
     assert killed
     for command, counts in results.items():
-        assert counts["0"] and len(counts) > 3, f"{command}: {counts}"
+        assert counts["0"], command
+        assert len(counts) > 3, command
 
 
+@pytest.mark.timeout(SECONDS + 240)
 @pytest.mark.parametrize("pool", daemons.POOL_KINDS)
 def test_the_bus_survives_a_fuzzer_and_nothing_of_it_stays(pool: str, programs: Path) -> None:
     seconds = max(SECONDS // len(daemons.POOL_KINDS), 1)

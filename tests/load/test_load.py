@@ -26,6 +26,8 @@ SECONDS = 120 + MESSAGES // 1000
 MORE_MEMORY = 24 << 20
 """Room that an interpreter keeps after it had a thousand connections; however many messages."""
 
+pytestmark = pytest.mark.timeout(SECONDS + 60)
+
 
 class Load:
     """The program that makes the load, and the daemon that takes it."""
