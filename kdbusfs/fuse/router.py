@@ -155,12 +155,15 @@ class Router:
         self._relayed: dict[int, tuple[int, tuple[int, int, int], str]] = {}
         """Opcode, caller and target of requests pyfuse3 has, by unique."""
         self._storer = Storer(device)
-        self.initialised = threading.Event()
+        self.has_pools = True
+        """Whether the kernel can do the kind of pool that is wanted."""
 
     # --- the loop
 
-    def start(self, on_end: Callable[[], None]) -> None:
-        """Answer requests, in a thread, until the file system is unmounted; then call *on_end*."""
+    def start(self, on_initialised: Callable[[], None], on_end: Callable[[], None]) -> None:
+        """Answer requests, in a thread, until the file system is unmounted. *on_initialised* is
+        called when the kernel has been answered first, *on_end* at the end."""
+        self._on_initialised = on_initialised
         self._on_end = on_end
         TURN.acquire()
         self._watchdog.start()
@@ -327,7 +330,7 @@ class Router:
             self._write(data)
             if opcode == Opcode.INIT:
                 self._set_up_pools()
-                self.initialised.set()
+                self._on_initialised()
             if self._trace is not None and opcode:
                 name = Opcode(opcode).name if opcode in _OPCODES else str(opcode)
                 self._trace.line(name, ids, -error, target)
@@ -382,9 +385,12 @@ class Router:
     # --- pools
 
     def _set_up_pools(self) -> None:
+        passes_through = self.pool != "cache" and can_pass_through(self._device)
         if self.pool == "auto":
-            self.pool = "passthrough" if can_pass_through(self._device) else "cache"
-        log.info("pools by %s", self.pool)
+            self.pool = "passthrough" if passes_through else "cache"
+        self.has_pools = self.pool == "cache" or passes_through
+        if self.has_pools:
+            log.info("pools by %s", self.pool)
 
     def _new_backing(self, nodeid: int) -> Backing:
         if self.pool == "passthrough":

@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pyfuse3
 import trio
 
 from ..bus.domain import Domain
+from ..errors import UserError
 from ..peer.namespaces import OWN_USER
 from .router import Router
 from .trace import Trace
@@ -58,6 +60,7 @@ class Session:
             spin_us=spin_us,
             trace=Trace() if trace else None,
         )
+        self._initialised = trio.Event()
         self._ended = trio.Event()
 
     def start(self) -> None:
@@ -73,17 +76,32 @@ class Session:
         pyfuse3.init(self._tree, f"/dev/fd/{self._theirs.detach()}", {"fsname=kdbusfs"})
 
     async def serve(self, ready: Callable[[], None]) -> None:
-        """Run until the mount is gone; call *ready* once it answers."""
+        """Run until the mount is gone; call *ready* once it answers. UserError if the kernel
+        can't do the kind of pool that was asked for."""
         token = trio.lowlevel.current_trio_token()
-        self._router.start(lambda: token.run_sync_soon(self._ended.set))
+
+        def soon(action: Callable[[], None]) -> None:
+            # A router that outlives this, as after the error below, has nobody to tell.
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(action)
+
+        self._router.start(lambda: soon(self._initialised.set), lambda: soon(self._end))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pyfuse3.main)
-            while not self._router.initialised.is_set() and not self._ended.is_set():
-                await trio.sleep(0.001)
+            await self._initialised.wait()
+            if not self._router.has_pools:
+                raise UserError(
+                    "this kernel has no FUSE passthrough (Linux 6.9): use --pool=cache",
+                    os.EX_UNAVAILABLE,
+                )
             if not self._ended.is_set():
                 ready()
             await self._ended.wait()
             nursery.cancel_scope.cancel()
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._initialised.set()
 
     def close(self) -> None:
         """Give up what `start` took; the mount is gone by now."""

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -246,6 +247,31 @@ def test_a_kdbusfs_is_mounted_there_already(directory, where):
     assert_refused(kdbusfs(where, directory), os.EX_CANTCREAT, "mounted there already")
     assert os.listdir(directory) == ["control"]
     assert len(mounted_at(directory)) == 1
+    subprocess.run(["umount", directory], check=True)
+    wait_until_gone(directory)
+
+
+# kdbusfs as an older kernel has it: one that takes no backing files.
+OLDER_KERNEL = """
+import kdbusfs.fuse.router
+kdbusfs.fuse.router.can_pass_through = lambda device: False
+from kdbusfs.cli import main
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.parametrize("where", ["--foreground", "--no-foreground"])
+def test_a_kind_of_pool_that_the_kernel_can_not_do(directory, where):
+    command = [sys.executable, "-c", OLDER_KERNEL, where, "--pool=passthrough", directory]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert_refused(result, os.EX_UNAVAILABLE, "--pool=cache")
+    wait_until_gone(directory)
+
+
+def test_the_kind_of_pool_is_chosen_by_what_the_kernel_can_do(directory):
+    command = [sys.executable, "-c", OLDER_KERNEL, directory]
+    subprocess.run(command, check=True)
+    assert os.listdir(directory) == ["control"]
     subprocess.run(["umount", directory], check=True)
     wait_until_gone(directory)
 
