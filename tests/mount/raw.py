@@ -16,7 +16,7 @@ import mmap
 import os
 import select
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +55,7 @@ libc.mmap.argtypes = (
     *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
 )
 libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -75,6 +76,22 @@ def fails(number: int) -> Iterator[None]:
         yield
     given = errno.errorcode.get(caught.value.errno or 0, str(caught.value))
     assert given == errno.errorcode[number]
+
+
+def outcome(function: Callable[[], object]) -> str:
+    """`0`, or the name of the errno that *function* fails with."""
+    try:
+        function()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "0"
+
+
+def succeeds(function: Callable[[], object], *otherwise: int) -> bool:
+    """Whether *function* succeeds; it may fail with one of *otherwise*, and with nothing else."""
+    result = outcome(function)
+    assert result in ("0", *(errno.errorcode[number] for number in otherwise))
+    return result == "0"
 
 
 def ioctl(fd: int, code: int, address: int) -> int:

@@ -131,9 +131,7 @@ def test_messages_meanwhile_wait_in_the_queue(bus: Bus, target: Connection) -> N
         assert child.result() == [b"reply", b"0", b"1", b"2"]
 
 
-def test_blocked_calls_block_nobody_else(
-    bus: Bus, target: Connection, programs: Path
-) -> None:
+def test_blocked_calls_block_nobody_else(bus: Bus, target: Connection, programs: Path) -> None:
     with (
         calling(programs, bus, target, "threads", "60"),
         bus.connect() as one,
@@ -253,9 +251,7 @@ def test_what_cannot_be_polled_cannot_cancel(bus: Bus, target: Connection) -> No
 
 
 @pytest.mark.parametrize("read", [True, False])
-def test_the_death_of_the_target_ends_the_call(
-    bus: Bus, programs: Path, read: bool
-) -> None:
+def test_the_death_of_the_target_ends_the_call(bus: Bus, programs: Path, read: bool) -> None:
     target = bus.connect()
     with calling(programs, bus, target, "once", "NONE") as caller:
         target.wait()
@@ -346,8 +342,9 @@ def test_the_death_of_an_activators_implementer_does_not_end_a_call_by_name(bus:
                 activator.recv()
             with bus.connect() as second:
                 second.acquire("com.example.activated")
-                (caller,) = (r.id for r in second.list(1) if r.id > activator.id + 1 and
-                             r.id != second.id)
+                (caller,) = (
+                    r.id for r in second.list(1) if r.id > activator.id + 1 and r.id != second.id
+                )
                 second.send(caller, b"by the next one", last=1)
                 assert child.result() == b"by the next one"
 
@@ -398,9 +395,7 @@ def test_a_handler_without_it_ends_the_call_which_can_be_resumed(
         assert caller.ended() == ("0", 3)
 
 
-def test_a_restarted_call_keeps_its_deadline(
-    bus: Bus, target: Connection, programs: Path
-) -> None:
+def test_a_restarted_call_keeps_its_deadline(bus: Bus, target: Connection, programs: Path) -> None:
     start = time.monotonic()
     with calling(programs, bus, target, "once", "RESTART", milliseconds=300) as caller:
         target.wait()
@@ -495,9 +490,7 @@ def _state(pid: int) -> str:
 # --- trackers
 
 
-def test_a_connection_may_have_so_many_requests_outstanding(
-    bus: Bus, target: Connection
-) -> None:
+def test_a_connection_may_have_so_many_requests_outstanding(bus: Bus, target: Connection) -> None:
     with bus.connect() as conn:
         for cookie in range(1, 129):
             conn.request(target.id, cookie=cookie, timeout=60)

@@ -36,7 +36,9 @@ from mount.raw import (
     fails,
     fds_item,
     libc,
+    outcome,
     sealed_memfd,
+    succeeds,
 )
 
 INCOMPLETE = RecvReturnFlag.INCOMPLETE_FDS
@@ -167,7 +169,7 @@ def test_descriptors_of_a_foreign_number_are_the_senders_not_the_daemons(
 ) -> None:
     # Numbers that are open in the daemon, but not here.
     with bus.connect() as conn:
-        foreign = [n for n in map(int, os.listdir(f"/proc/{mount.pid}/fd"))]
+        foreign = list(map(int, os.listdir(f"/proc/{mount.pid}/fd")))
         mine = set(map(int, os.listdir("/proc/self/fd")))
         for number in sorted(set(foreign) - mine)[:5] or [999]:
             with fails(errno.EBADF):
@@ -402,7 +404,9 @@ def test_what_is_no_memfd_is_refused(bus: Bus, tmp_path: Path) -> None:
 # --- receivers in all circumstances
 
 
-def receive_in(bus: Bus, prepare: Callable[[], object], count: int = 1) -> tuple[list[int], int, int]:
+def receive_in(
+    bus: Bus, prepare: Callable[[], object], count: int = 1
+) -> tuple[list[int], int, int]:
     """A child that has *prepare*d itself receives *count* descriptors and as many memfds: their
     numbers, msg.return_flags, and how many descriptors it has more than before."""
 
@@ -550,15 +554,11 @@ def test_programs_of_any_kind_receive(bus: Bus, programs: Path, how: str) -> Non
 def send_patiently(sender: Connection, to: int, *parts: Memfd, **message: object) -> None:
     """SEND, again and again while the receiver's queue is full."""
 
-    def attempt() -> bool:
-        try:
-            sender.send(to, *parts, **message)
-        except OSError as error:
-            assert error.errno in (errno.EMFILE, errno.ENOBUFS, errno.EXFULL)
-            return False
-        return True
-
-    daemons.wait_until(attempt, "the receiver does not receive")
+    full = (errno.EMFILE, errno.ENOBUFS, errno.EXFULL)
+    daemons.wait_until(
+        lambda: succeeds(lambda: sender.send(to, *parts, **message), *full),
+        "the receiver does not receive",
+    )
 
 
 def test_descriptors_come_with_the_reply_of_a_call(bus: Bus) -> None:
@@ -588,11 +588,7 @@ def test_a_reply_with_descriptors_nobody_accepts_fails_on_both_sides(bus: Bus) -
         with bus.connect() as conn:
             test.send(conn.id.to_bytes(8, "little"))
             request = conn.take()
-            try:
-                conn.reply(request, fds=[0])
-            except OSError as error:
-                return errno.errorcode[error.errno or 0]
-            return "0"
+            return outcome(lambda: conn.reply(request, fds=[0]))
 
     with bus.connect(flags=0) as conn, Child(answer) as child:
         to = int.from_bytes(child.socket.recv(8), "little")
@@ -679,9 +675,7 @@ def test_thousands_of_descriptors_leave_none_behind(
         assert child.result() == 0
 
 
-def test_peers_killed_in_between_leave_no_descriptor_behind(
-    mount: daemons.Mount, bus: Bus
-) -> None:
+def test_peers_killed_in_between_leave_no_descriptor_behind(mount: daemons.Mount, bus: Bus) -> None:
     chance = random.Random(3)
 
     def receive(test: socket.socket) -> None:
@@ -694,12 +688,8 @@ def test_peers_killed_in_between_leave_no_descriptor_behind(
         with bus.connect() as conn:
             fd = sealed_memfd(b"file")
             test.send(b"ready")
-            while True:
-                try:
-                    conn.send(to, Memfd(fd, 4), fds=[fd, fd])
-                except OSError as error:
-                    if error.errno == errno.ENXIO:
-                        return
+            while outcome(lambda: conn.send(to, Memfd(fd, 4), fds=[fd, fd])) != "ENXIO":
+                pass
 
     for _ in range(60):
         with Child(receive) as receiver:

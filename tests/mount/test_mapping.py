@@ -4,6 +4,8 @@
 import errno
 import mmap
 import os
+import random
+import select
 import signal
 import socket
 from pathlib import Path
@@ -14,7 +16,7 @@ import daemons
 from kdbusfs.abi.items import build_string
 from kdbusfs.abi.numbers import Command, HelloFlag, ItemType
 from mount.processes import Child
-from mount.raw import MIB, PAGE, Bus, Connection, File, Mapping, fails
+from mount.raw import MIB, PAGE, Bus, Connection, File, Mapping, fails, libc
 
 
 def test_the_pool_is_read_where_the_offsets_say(bus: Bus) -> None:
@@ -279,3 +281,35 @@ def test_an_untouched_pool_costs_no_memory(mount: daemons.Mount, bus: Bus) -> No
     assert resident() - before < 20 * 64
     for conn in connections:
         conn.close()
+
+
+def test_pages_that_are_dropped_and_faulted_in_again_are_as_they_were(bus: Bus) -> None:
+    chance = random.Random(11)
+
+    def touch(test: socket.socket) -> None:
+        """Drop the pool's pages and fault them in again, many times."""
+        for _ in range(60):
+            os.posix_fadvise(conn.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            libc.madvise(conn.pool.address, conn.pool_size, mmap.MADV_DONTNEED)
+            for page in range(0, conn.pool_size, PAGE):
+                conn.pool.read(page, 1)
+        test.send(b"done")
+
+    with bus.connect() as conn, bus.connect() as sender:
+        assert conn.pool
+        with Child(touch) as child:
+            held = []
+            while not select.select([child.socket], [], [], 0)[0]:
+                data = chance.randbytes(chance.choice([10, 5000, 70_000]))
+                sender.send(conn.id, data)
+                message = conn.recv()
+                assert message.payload == data
+                held.append(message)
+                if len(held) > 5:
+                    old = held.pop(chance.randrange(len(held)))
+                    assert conn.pool.read(old.offset, old.slice_size) == old.content
+                    conn.free(old.offset)
+            child.result()
+            for message in held:
+                os.posix_fadvise(conn.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                assert conn.pool.read(message.offset, message.slice_size) == message.content

@@ -20,7 +20,6 @@ from kdbusfs.abi.numbers import (
     ListFlag,
     MsgFlag,
     PayloadType,
-    RecvFlag,
 )
 from kdbusfs.abi.structs import U64
 from mount.raw import (
@@ -38,6 +37,7 @@ from mount.raw import (
     fails,
     ioctl,
     make_message,
+    outcome,
 )
 
 READ = mmap.PROT_READ
@@ -172,9 +172,7 @@ def test_the_effect_of_a_command_stands_when_its_result_cannot_be_stored(
 
 
 @pytest.mark.parametrize("what", ["BUS_MAKE", "ENDPOINT_MAKE", "HELLO"])
-def test_a_setup_command_that_cannot_store_its_result_undoes_itself(
-    bus: Bus, what: str
-) -> None:
+def test_a_setup_command_that_cannot_store_its_result_undoes_itself(bus: Bus, what: str) -> None:
     mapping = Mapping.anonymous(PAGE)
     if what == "HELLO":
         content = structs.CMD_HELLO.pack(96, 0, 0, 0, 0, 0, 0, POOL_SIZE, 0, 0, bytes(16))
@@ -187,9 +185,10 @@ def test_a_setup_command_that_cannot_store_its_result_undoes_itself(
     mapping.write(0, content)
     mapping.protect(READ)
     before = sorted(os.listdir(bus.root)), sorted(os.listdir(bus.directory))
-    with bus.connect() as watcher, File(
-        bus.root / "control" if what == "BUS_MAKE" else bus.path
-    ) as file:
+    with (
+        bus.connect() as watcher,
+        File(bus.root / "control" if what == "BUS_MAKE" else bus.path) as file,
+    ):
         connected = watcher.list(ListFlag.UNIQUE)
         with fails(errno.EFAULT):
             ioctl(file.fd, Command[what], mapping.address)
@@ -266,10 +265,8 @@ def test_chance_finds_no_argument_that_hurts(bus: Bus, conn: Connection) -> None
                 word = chance.choice([0, 1, 16, 24, 1 << 63, (1 << 64) - 1, len(content)])
                 U64.pack_into(content, at, word)
             memory = Memory(bytes(content))
-            try:
-                ioctl(conn.fd, code, memory.address)
-            except OSError as error:
-                assert error.errno not in (errno.EIO, errno.ENOSYS), errno.errorcode[error.errno]
+            result = outcome(lambda code=code, memory=memory: ioctl(conn.fd, code, memory.address))
+            assert result not in ("EIO", "ENOSYS", "ENODEV")
         conn.drain()
         other.send(conn.id, b"still fine")
         assert conn.take().payload == b"still fine"
@@ -353,9 +350,7 @@ def test_a_broadcast_of_unreadable_payload_is_lost_at_each_receiver(bus: Bus) ->
     with bus.connect() as sender, bus.connect() as one, bus.connect() as two:
         one.match()
         two.match()
-        sender.send(
-            DST_ID_BROADCAST, Vec(0x10000, 8), flags=MsgFlag.SIGNAL, items=bloom()
-        )
+        sender.send(DST_ID_BROADCAST, Vec(0x10000, 8), flags=MsgFlag.SIGNAL, items=bloom())
         for conn in (one, two):
             memory = Memory(argument(Command.RECV))
             with fails(errno.EAGAIN):
@@ -405,7 +400,6 @@ def test_negotiation_tells_flags_and_items(conn: Connection) -> None:
         known = {Command.SEND: [6], Command.MATCH_ADD: [14]}.get(Command(code), [])
         answered = [memory.u64(len(argument(code)) + 16 + 8 * n) for n in range(5)]
         assert answered == [1, *(n if n in known else 0 for n in (6, 14)), 0, 0]
-    assert RecvFlag.DROP == 2
 
 
 # --- with a second thread that plays tricks

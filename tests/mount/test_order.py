@@ -10,7 +10,7 @@ import daemons
 from kdbusfs.abi.numbers import AttachFlag
 from kdbusfs.abi.structs import U64
 from mount.processes import Child
-from mount.raw import MIB, Bus, Received
+from mount.raw import MIB, Bus, Received, succeeds
 
 N_SENDERS, N_RECEIVERS, N_ROUNDS = 5, 4, 60
 
@@ -69,15 +69,9 @@ def send(bus: Bus, test: socket.socket, number: int) -> int:
 def patiently(attempt: Callable[[], object]) -> None:
     """Do it, again and again while the receiver's queue is full."""
 
-    def is_done() -> bool:
-        try:
-            attempt()
-        except OSError as error:
-            assert error.errno in (errno.ENOBUFS, errno.EXFULL)
-            return False
-        return True
-
-    daemons.wait_until(is_done, "a receiver does not receive")
+    daemons.wait_until(
+        lambda: succeeds(attempt, errno.ENOBUFS, errno.EXFULL), "a receiver does not receive"
+    )
 
 
 def test_everybody_sees_one_order(bus: Bus) -> None:
