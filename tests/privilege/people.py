@@ -381,7 +381,7 @@ def _do(channel: socket.socket, verb: str, rest: list[Any], fds: list[int]) -> o
 
 def _is_alive(pid: int) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+        # Bytes: what the process calls itself need not be text.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except (FileNotFoundError, ProcessLookupError):
         return False

@@ -30,6 +30,7 @@ from errno import (
     EMEDIUMTYPE,
     EMFILE,
     ENOMEM,
+    EOPNOTSUPP,
     EPERM,
     errorcode,
 )
@@ -44,6 +45,7 @@ from kdbusfs.abi.numbers import (
     ATTACH_ALL,
     Command,
     ExtensionCommand,
+    HelloFlag,
     ItemType,
     ListFlag,
     MakeFlag,
@@ -62,7 +64,7 @@ from mount.raw import (
     make_message,
     monotonic_ns,
 )
-from privilege import hostile
+from privilege import hostile, uring
 from privilege.conftest import NewPerson
 from privilege.people import CLONE_NEWNS, Person, bind
 from privilege.test_policy import ALICE, BOB, CAROL
@@ -581,6 +583,36 @@ def _claim_arguments(size: int) -> None:
 
 
 _kept: list[object] = []
+
+
+def test_who_opens_with_borrowed_credentials_is_who_it_borrowed_them_from(
+    bus: Bus, person: NewPerson
+) -> None:
+    """/proc tells of root, which made the call; the open itself was made as ALICE."""
+    root = person()
+    ring = root.run(uring.set_up)
+    identity = root.fork(ALICE).run(uring.register_personality, ring)
+    opened = root.run(uring.open_as, ring, identity, path(bus))
+    owns = root.run(_may_hold_policy, opened)
+    assert (identity > 0, owns) == (True, False)
+    # The same by root itself, to see that it is not the ring that makes the difference.
+    own = root.run(uring.register_personality, ring)
+    assert root.run(_may_hold_policy, root.run(uring.open_as, ring, own, path(bus)))
+    assert alive(bus, person)
+
+
+def _may_hold_policy(fd: int) -> bool:
+    connection = Connection.__new__(Connection)
+    connection.fd, connection.pool_size = fd, 1 << 16
+    name = build(ItemType.NAME, b"com.example.service\0")
+    try:
+        connection.hello(HelloFlag.POLICY_HOLDER, 0, 0, 1 << 16, name)
+    except PermissionError:
+        return False
+    except OSError as error:
+        # A policy holder is one by now; that it can't FREE is what `hello` trips over.
+        return error.errno == EOPNOTSUPP
+    return True
 
 
 def test_strangers_fake_nothing(bus: Bus, person: NewPerson) -> None:
