@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 import signal
 import socket
 import struct
@@ -31,8 +30,11 @@ from ..peer.turn import TURN
 from . import wire
 from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
 from .handles import Handles
+from .storer import Storer
 from .trace import Trace
 from .tree import Tree
+from .watchdog import Watchdog
+from .watches import Watches
 from .wire import IN_HEADER, IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Opcode
 
 log = logging.getLogger(__name__)
@@ -58,64 +60,6 @@ _unpack_u32 = U32.unpack_from
 _IOCTL = int(Opcode.IOCTL)
 _POLL = int(Opcode.POLL)
 _READ = int(Opcode.READ)
-
-
-class Watches:
-    """Descriptors that calls wait for, beside the device (an epoll of its own)."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[], None]] = {}
-        self._wakeup = -1
-        """An eventfd, once there are threads that may have to wake the router."""
-        self.fd = -1
-        """What gets readable with any of them, -1 if there are none."""
-
-    def _update(self) -> None:
-        self.fd = self._epoll.fileno() if self._callbacks or self._wakeup >= 0 else -1
-
-    def keep_waking(self) -> None:
-        """From now on `wake` is used."""
-        if self._wakeup < 0:
-            self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._epoll.register(self._wakeup, select.EPOLLIN)
-            self._update()
-
-    def wake(self) -> None:
-        """Let the router look around."""
-        os.eventfd_write(self._wakeup, 1)
-
-    def watch(self, fd: int, callback: Callable[[], None]) -> Callable[[], None] | None:
-        """A `peer.descriptors.Watcher`. The same file may be watched many times."""
-        copy = os.dup(fd)
-        try:
-            self._epoll.register(copy, select.EPOLLIN)
-        except OSError:
-            os.close(copy)
-            return None
-        self._callbacks[copy] = callback
-        self._update()
-
-        def unwatch() -> None:
-            if self._callbacks.pop(copy, None) is not None:
-                self._epoll.unregister(copy)
-                os.close(copy)
-                self._update()
-
-        return unwatch
-
-    def dispatch(self) -> None:
-        """Call back for everything that is readable."""
-        for fd, _ in self._epoll.poll(0):
-            if fd == self._wakeup:
-                os.eventfd_read(fd)
-            elif (callback := self._callbacks.get(fd)) is not None:
-                callback()
-
-    def close(self) -> None:
-        for fd in self._callbacks:
-            os.close(fd)
-        self._epoll.close()
 
 
 class Router:
@@ -425,106 +369,6 @@ class Router:
                 self._dispatch(memoryview(buffer), n)
             else:
                 self._backlog.append(buffer[:n])
-
-
-class Watchdog:
-    """Sees to it that no caller's memory holds up the bus: when the same operation is under way at
-    two looks, it is overtaken and *take_over* called. It sleeps while there are none."""
-
-    PERIOD = 0.02
-    _QUIET_LOOKS = 50
-
-    def __init__(self, take_over: Callable[[], None]) -> None:
-        self._take_over = take_over
-        self._awake = threading.Event()
-        self._closed = False
-        self.asleep = False
-        self._thread = threading.Thread(target=self._run, name="kdbusfs-watchdog", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def wake(self) -> None:
-        self.asleep = False
-        self._awake.set()
-
-    def close(self) -> None:
-        self._closed = True
-        self.wake()
-
-    def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        seen, n_quiet = 0, 0
-        while not self._closed:
-            time.sleep(self.PERIOD)
-            number = lib.kdbusfs_operation()
-            if number != seen:
-                seen, n_quiet = number, 0
-            elif number & 1:
-                if lib.kdbusfs_operation_overtake(number) == 0:
-                    self._take_over()
-            elif n_quiet < self._QUIET_LOOKS:
-                n_quiet += 1
-            else:
-                self._awake.clear()
-                self.asleep = True
-                self._awake.wait()
-                n_quiet = 0
-
-
-class Storer:
-    """A thread that pushes data into page caches (FUSE_NOTIFY_STORE)."""
-
-    def __init__(self, device: int) -> None:
-        self._device = device
-        self._done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._work = threading.Semaphore(0)
-        self._job: tuple[int, int, Buffer] | None = None
-        self._thread: threading.Thread | None = None
-
-    def submit(self, nodeid: int, offset: int, data: Buffer) -> int:
-        """Start one push; the descriptor that is returned gets readable when it is done."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="kdbusfs-storer", daemon=True)
-            self._thread.start()
-        self._job = nodeid, offset, data
-        self._work.release()
-        return self._done
-
-    def is_done(self) -> bool:
-        try:
-            return os.eventfd_read(self._done) > 0
-        except BlockingIOError:
-            return False
-
-    def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while True:
-            self._work.acquire()
-            if self._job is None:
-                return
-            job, self._job = self._job, None
-            self.store(*job)
-            os.eventfd_write(self._done, 1)
-
-    def store(self, nodeid: int, offset: int, data: Buffer) -> None:
-        """Push right here."""
-        size = wire.NOTIFY_STORE.size + len(data)
-        header = wire.NOTIFY_STORE.pack(
-            size, wire.NOTIFY_CODE_STORE, 0, nodeid, offset, len(data), 0
-        )
-        try:
-            os.writev(self._device, [header, data])
-        except OSError as error:
-            # ENOENT: the inode is gone, nobody maps it any more.
-            log.debug("slice not pushed: %s", error)
-
-    def close(self) -> None:
-        self._job = None
-        self._work.release()
-        if self._thread is not None:
-            self._thread.join()
-        os.close(self._done)
 
 
 _REFUSED = frozenset(

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the router waits for beside the device."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable
+
+
+class Watches:
+    """Descriptors that calls wait for, beside the device (an epoll of its own)."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._wakeup = -1
+        """An eventfd, once there are threads that may have to wake the router."""
+        self.fd = -1
+        """What gets readable with any of them, -1 if there are none."""
+
+    def _update(self) -> None:
+        self.fd = self._epoll.fileno() if self._callbacks or self._wakeup >= 0 else -1
+
+    def keep_waking(self) -> None:
+        """From now on `wake` is used."""
+        if self._wakeup < 0:
+            self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._epoll.register(self._wakeup, select.EPOLLIN)
+            self._update()
+
+    def wake(self) -> None:
+        """Let the router look around."""
+        os.eventfd_write(self._wakeup, 1)
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> Callable[[], None] | None:
+        """A `peer.descriptors.Watcher`. The same file may be watched many times."""
+        copy = os.dup(fd)
+        try:
+            self._epoll.register(copy, select.EPOLLIN)
+        except OSError:
+            os.close(copy)
+            return None
+        self._callbacks[copy] = callback
+        self._update()
+
+        def unwatch() -> None:
+            if self._callbacks.pop(copy, None) is not None:
+                self._epoll.unregister(copy)
+                os.close(copy)
+                self._update()
+
+        return unwatch
+
+    def dispatch(self) -> None:
+        """Call back for everything that is readable."""
+        for fd, _ in self._epoll.poll(0):
+            if fd == self._wakeup:
+                os.eventfd_read(fd)
+            elif (callback := self._callbacks.get(fd)) is not None:
+                callback()
+
+    def close(self) -> None:
+        for fd in self._callbacks:
+            os.close(fd)
+        if self._wakeup >= 0:
+            os.close(self._wakeup)
+        self._epoll.close()
