@@ -34,7 +34,7 @@ exit codes:
   {os.EX_OK:2}  mounted (in the foreground: unmounted again)
   {os.EX_USAGE:2}  wrong arguments
   {os.EX_NOINPUT:2}  no such mount point, or not a directory
-  {os.EX_UNAVAILABLE:2}  no /dev/fuse
+  {os.EX_UNAVAILABLE:2}  no /dev/fuse, or the kernel lacks the kind of pool asked for
   {os.EX_SOFTWARE:2}  a fault of kdbusfs; the log tells more
   {os.EX_OSERR:2}  the kernel refused to mount
   {os.EX_CANTCREAT:2}  a kdbusfs is mounted there already
