@@ -457,7 +457,7 @@ class Bus:
         connection.dequeue(entry)
         reply = entry.reply
         connection.discard(entry)
-        if reply is not None and reply.listed and reply.target is connection:
+        if reply is not None and reply.listed:
             self.reply_dead(reply)
             self.flush()
 

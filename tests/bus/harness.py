@@ -16,7 +16,7 @@ import pytest
 
 from bus.fakes import HOME_USERS, FakeClock, FakeMemory, FakePeer
 from kdbusfs.abi.commands import FORMS
-from kdbusfs.abi.errors import CommandError, Fault
+from kdbusfs.abi.errors import CommandError, Fault, Overtaken
 from kdbusfs.abi.numbers import ATTACH_ALL, ID_ANY, Command, HelloFlag, ItemType, MsgFlag, SendFlag
 from kdbusfs.bus.bus import Bus as CoreBus
 from kdbusfs.bus.call import PENDING, Call
@@ -201,6 +201,12 @@ class Pending:
         self.error: int | None = None
         call.complete = self._complete
 
+    def renew(self) -> None:
+        """Start from the beginning."""
+        call = self.call
+        self.call = Call(call.code, call.form, call.peer, call.address)
+        self.call.complete = self._complete
+
     def _complete(self, call: Call, error: int) -> None:
         assert self.error is None, "completed twice"
         self.error = self.file.store(call, error)
@@ -257,21 +263,32 @@ class File:
     def start(self, code: int, address: int) -> Pending:
         """Begin a command; it may have ended already."""
         assert code in FORMS
-        call = Call(code, FORMS[code], self.peer, address)
-        pending = Pending(self, call)
+        pending = Pending(self, Call(code, FORMS[code], self.peer, address))
+        try:
+            self._execute(pending)
+        except Overtaken:
+            # It starts anew, unless the bus has ended it meanwhile.
+            if pending.waiting:
+                pending.renew()
+                self._execute(pending)
+        self.domain.check()
+        return pending
+
+    def _execute(self, pending: Pending) -> None:
+        call = pending.call
         # The kernel brings and takes what direction and size in the code say.
         brought = b""
         try:
-            if code & 0x40000000:
-                brought = self.peer.read(address, code >> 16 & 0x3FFF)
+            if call.code & 0x40000000:
+                brought = self.peer.read(call.address, call.code >> 16 & 0x3FFF)
             result = self.handle.execute(call, brought)
+        except Overtaken:
+            raise
         except CommandError as error:
             pending.error = self.store(call, error.errno)
         else:
             if result != PENDING:
                 pending.error = self.store(call, 0)
-        self.domain.check()
-        return pending
 
     def store(self, call: Call, error: int) -> int:
         """Write the results of *call* back and install its descriptors; returns its errno."""

@@ -268,6 +268,15 @@ def test_a_dropped_request_is_dead(client: Client, server: Client, sync: bool) -
     assert ask.heard() == (EPIPE if sync else [I.REPLY_DEAD])
 
 
+def test_a_request_that_moved_to_its_own_sender_is_dead_when_dropped(bus: Bus) -> None:
+    bus.activator("com.example.a")
+    implementer = bus.hello()
+    implementer.request("com.example.a", cookie=5)
+    implementer.acquire("com.example.a")
+    implementer.recv(DROP, free=False)
+    assert implementer.notifications() == [(I.REPLY_DEAD, 5)]
+
+
 @SYNC
 def test_dropping_what_has_been_answered_says_nothing(
     client: Client, server: Client, sync: bool
