@@ -170,6 +170,21 @@ def test_peers_of_one_user_always_talk_on_the_default_endpoint(bus: Bus) -> None
     two.send(two)
 
 
+@pytest.mark.parametrize(("fsuid", "euid"), [(1000, STRANGER), (STRANGER, 1000), (7, 1000)])
+def test_filesystem_uid_or_effective_uid_of_the_target_may_talk(
+    bus: Bus, fsuid: int, euid: int
+) -> None:
+    # kdbus looked at the effective uid alone (docs/conformance.md).
+    class Caller(FakePeer):
+        uid = property(lambda self: fsuid)  # type: ignore[assignment]
+
+    target, stranger = bus.hello(), bus.hello(peer=FakePeer(STRANGER))
+    with stranger.used_by(Caller(euid)):
+        stranger.send(target)
+    with fails(EPERM):
+        stranger.send(target)
+
+
 def test_an_activators_own_policy_counts_while_it_owns(bus: Bus) -> None:
     stranger = bus.hello(peer=FakePeer(STRANGER))
     bus.activator(A, world(TALK))
