@@ -227,6 +227,16 @@ def test_a_mapping_does_not_keep_the_connection(mount: daemons.Mount, bus: Bus) 
             mapping.unmap()
 
 
+def test_a_mapping_of_what_is_no_connection_keeps_it(mount: daemons.Mount) -> None:
+    # kdbus let nobody map it; here the kernel does not ask (docs/conformance.md).
+    bus = Bus(mount.path)
+    mapping = Mapping(bus.fd, PAGE)
+    bus.close()
+    assert bus.name in os.listdir(mount.path)
+    mapping.unmap()
+    assert bus.name not in os.listdir(mount.path)
+
+
 def test_two_connections_never_share_a_pool(bus: Bus) -> None:
     connections = [bus.connect(pool_size=16 * PAGE) for _ in range(20)]
     for n, conn in enumerate(connections):
