@@ -93,6 +93,7 @@ def _serve(options: Options, mount_point: Path, ready: Callable[[], None]) -> in
     """Mount, serve until unmounted, unmount."""
     # Only now: a process that merely parses its arguments has no use for the FUSE side.
     from kdbusfs.fuse.session import Session
+    from kdbusfs.peer.descriptors import know_as_ours
 
     _raise_descriptor_limit()
     with ExitStack() as stack:
@@ -100,6 +101,7 @@ def _serve(options: Options, mount_point: Path, ready: Callable[[], None]) -> in
         overlay = mount.SysfsOverlay.wanted_for(mount_point)
         stack.enter_context(mount.SysfsOverlay(mount_point.name) if overlay else nullcontext())
         mounted = stack.enter_context(mount.FuseMount(mount_point))
+        know_as_ours(mounted.device_number)
         session = Session(
             os.dup(mounted.device), pool=options.pool, trace=options.debug, spin_us=options.spin_us
         )

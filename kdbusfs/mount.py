@@ -453,6 +453,12 @@ class FuseMount:
         assert self._mount is not None
         assert self._mount.fstype == FILESYSTEM_TYPE
 
+    @property
+    def device_number(self) -> int:
+        """st_dev of its files."""
+        assert self._mount is not None
+        return self._mount.device
+
     def unmount(self) -> None:
         """Unmount, and end the connection to the kernel even where that isn't enough.
 

@@ -31,12 +31,23 @@ _UCRED = Struct("=iII")
 """struct ucred (unix(7)): pid, uid, gid."""
 
 
+_ours: set[tuple[int, int]] = set()
+"""Devices of our own mounts, which may be bound where our mount table does not show them."""
+
+
+def know_as_ours(device: int) -> None:
+    """Let files of *device* (st_dev of a mount of this daemon) count as kdbus files for good."""
+    _ours.add((os.major(device), os.minor(device)))
+
+
 def is_kdbusfs_device(device: tuple[int, int]) -> bool:
     """Whether *device* (major, minor) is a kdbusfs mount, of this daemon or another one.
 
     FUSE mounts have anonymous devices (major 0); which they are is read from our mount table,
     and nothing that may block is asked.
     """
+    if device in _ours:
+        return True
     if device[0]:
         return False
     with open("/proc/self/mountinfo") as file:

@@ -69,7 +69,7 @@ from privilege.conftest import NewPerson
 from privilege.people import CLONE_NEWNS, Person, bind
 from privilege.test_policy import ALICE, BOB, CAROL
 
-SOON = 5.0
+SOON = 10.0
 """Seconds in which what is nobody else's business gets done."""
 
 

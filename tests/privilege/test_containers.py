@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from errno import EBUSY, ENXIO, EOPNOTSUPP, EROFS
 from pathlib import Path
@@ -255,6 +256,22 @@ def test_a_second_mount_is_an_independent_domain(
         for fd in (here.fd, bus.fd):
             with fails(EOPNOTSUPP):
                 there.send(there.id, b"a node", fds=[fd])
+
+
+def test_nodes_are_known_where_the_daemon_does_not_see_its_mount_any_more(
+    mount: daemons.Mount, tmp_path: Path
+) -> None:
+    """A container keeps what was unmounted outside; a node passed there would live for ever."""
+    with (
+        daemons.running(tmp_path, mount.pool) as other,
+        Bus(other.path, flags=MakeFlag.ACCESS_WORLD) as bus,
+        Person(other.path, unshared=CLONE_NEWNS) as inmate,
+    ):
+        there = inmate.run(build_root, ".", False, True)
+        subprocess.run(["umount", "--lazy", other.path], check=True)
+        connection = inmate.connect(f"{there}/{bus.name}/bus")
+        with fails(EOPNOTSUPP):
+            connection.send(connection.id, b"a node", fds=[connection.get("fd")])
 
 
 # --- an endpoint as a single file
