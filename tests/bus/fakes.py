@@ -32,8 +32,11 @@ class FakeClock:
     def __init__(self) -> None:
         self.now = 1_000_000_000
         self.offset = 1_700_000_000_000_000_000
+        self.tick = 0
+        """How far it moves each time somebody looks."""
 
     def monotonic_ns(self) -> int:
+        self.now += self.tick
         return self.now
 
     def realtime_ns(self) -> int:

@@ -12,6 +12,7 @@ from errno import (
     EAGAIN,
     EBADSLT,
     EBUSY,
+    ECOMM,
     EEXIST,
     EMFILE,
     EMLINK,
@@ -274,7 +275,7 @@ class BusMachine(RuleBasedStateMachine):
         cookie = self.next_cookie()
         client.peer.files.setdefault(0, FakeFile())
         errno = self.attempt(
-            (*self.REFUSALS, 70), lambda: client.send(to, fds(*[0] * n), cookie=cookie)
+            (*self.REFUSALS, ECOMM), lambda: client.send(to, fds(*[0] * n), cookie=cookie)
         )
         if not errno:
             self.expected[to].append((cookie, None))
