@@ -60,6 +60,8 @@ _unpack_u32 = U32.unpack_from
 _IOCTL = int(Opcode.IOCTL)
 _POLL = int(Opcode.POLL)
 _READ = int(Opcode.READ)
+_PAGES = frozenset({_READ, int(Opcode.WRITE)})
+"""What the kernel asks with a page locked: a fault, or a client's scribbling to be written back."""
 
 
 class Router:
@@ -349,9 +351,10 @@ class Router:
     def _store(self, nodeid: int, offset: int, data: Buffer) -> None:
         """Push *data* into the page cache of *nodeid*.
 
-        That waits for pages which a client is just faulting in, and the answer to such a fault
-        is ours to give. So another thread does the push, while this one answers page faults;
-        whatever else comes in meanwhile is kept for later, in order.
+        That waits for pages which a client is just faulting in, or which it has written to and
+        the kernel wants to have written back, and the answer is ours to give. So another thread
+        does the push, while this one answers such requests; whatever else comes in meanwhile is
+        kept for later, in order.
         """
         if threading.current_thread() is not self._thread:
             self._storer.store(nodeid, offset, data)
@@ -365,7 +368,7 @@ class Router:
                 if n == -errno.ENODEV:
                     return
                 continue
-            if _unpack_header(buffer)[1] == _READ:
+            if _unpack_header(buffer)[1] in _PAGES:
                 self._dispatch(memoryview(buffer), n)
             else:
                 self._backlog.append(buffer[:n])
