@@ -21,9 +21,9 @@ NATIVE_SOURCES = $(filter-out kdbusfs/native/_native.c,$(wildcard kdbusfs/native
 
 # The modules mypyc compiles are listed in setup.py. KDBUSFS_COMPILE=0 runs all of it
 # as Python: slower, and an edit needs no make to have an effect.
-KDBUSFS_COMPILE ?= 0
+KDBUSFS_COMPILE ?= 1
 export KDBUSFS_COMPILE
-ifeq ($(KDBUSFS_COMPILE),1)
+ifneq ($(KDBUSFS_COMPILE),0)
 COMPILED_SOURCES := $(shell sed -n 's/^    "\(kdbusfs.*\.py\)",/\1/p' setup.py)
 endif
 

@@ -28,7 +28,7 @@ COMPILED = [
 
 def compiled_modules() -> list:
     """The extension modules mypyc makes, none if it is not wanted."""
-    if os.environ.get("KDBUSFS_COMPILE", "0") != "1":
+    if os.environ.get("KDBUSFS_COMPILE", "1") == "0":
         return []
     from mypyc.build import mypycify
 
