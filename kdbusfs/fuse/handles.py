@@ -48,7 +48,7 @@ _WRITABLE = POLLOUT | POLLWRNORM
 _READABLE = POLLIN | POLLRDNORM | _WRITABLE
 _TRACERS = 16
 """How many callers may be under ptrace at a time; each can take up to the timeout."""
-_TRACER_TIMEOUT_NS = 1_000_000_000
+_TRACER_TIMEOUT_NS = 5_000_000_000
 _INCOMPLETE = int(RecvReturnFlag.INCOMPLETE_FDS)
 _MAX_OPEN = 4 * int(Limit.USER_CONNECTIONS)
 """Endpoints a user may have open, but for root: all its connections, and many that have not said
