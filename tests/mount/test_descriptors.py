@@ -651,13 +651,10 @@ def test_thousands_of_descriptors_leave_none_behind(
             assert conn.pool
             before = fds_of()
             test.send(conn.id.to_bytes(8, "little"))
-            n_complete = 0
             for _ in range(count):
                 message = conn.take()
-                n_complete += message.return_flags == 0
+                assert message.return_flags == 0
                 message.close_fds()
-            # A machine that is busy beyond measure may not stop a thread in time for all of them.
-            assert n_complete > 0.95 * count
             return fds_of() - before
         library = kdbus.Connection(bus.path)
         before = fds_of()
