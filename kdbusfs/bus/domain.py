@@ -45,7 +45,7 @@ class Domain:
         self._users: dict[int, User] = {}
         self._free_inos: list[int] = []
         self._next_ino = 3
-        self._deadlines: list[tuple[int, int, Reply]] = []
+        self._deadlines: list[tuple[int, int, list[Reply]]] = []
         self._n_deadlines = 0
         self._n_stale = 0
         """How many entries of the heap are of requests that have ended."""
@@ -84,13 +84,17 @@ class Domain:
 
     def watch_deadline(self, reply: Reply) -> None:
         self._n_deadlines += 1
-        heapq.heappush(self._deadlines, (reply.deadline, self._n_deadlines, reply))
+        heapq.heappush(self._deadlines, (reply.deadline, self._n_deadlines, reply.watch))
 
-    def unwatch_deadline(self) -> None:
-        """Some watched request has ended: let the heap not grow with what is over."""
+    def unwatch_deadline(self, reply: Reply) -> None:
+        """A watched request has ended: let go of it, and the heap not grow with what is over.
+
+        Its deadline may be far away, and through it two connections with their pools would stay.
+        """
+        reply.watch.clear()
         self._n_stale += 1
         if self._n_stale > 64 and self._n_stale > len(self._deadlines) // 2:
-            self._deadlines = [d for d in self._deadlines if d[2].pending]
+            self._deadlines = [d for d in self._deadlines if d[2]]
             heapq.heapify(self._deadlines)
             self._n_stale = 0
 
@@ -102,7 +106,7 @@ class Domain:
     def next_deadline(self) -> int | None:
         """When `expire` has something to do next (CLOCK_MONOTONIC ns), or None."""
         deadlines = self._deadlines
-        while deadlines and not deadlines[0][2].pending:
+        while deadlines and not deadlines[0][2]:
             heapq.heappop(deadlines)
             self._n_stale -= 1
         return deadlines[0][0] if deadlines else None
@@ -111,7 +115,9 @@ class Domain:
         """End every request whose deadline has passed."""
         now = self.clock.monotonic_ns()
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            reply = heapq.heappop(self._deadlines)[2]
+            (reply,) = heapq.heappop(self._deadlines)[2]
+            # It will be counted as stale when it ends, in a moment.
+            self._n_stale -= 1
             reply.requester.bus.time_out(reply)
 
     def check(self) -> None:

@@ -46,6 +46,7 @@ class Reply:
         "suspended",
         "answer",
         "error",
+        "watch",
         "unwatch",
     )
 
@@ -77,16 +78,13 @@ class Reply:
         """The reply that came while suspended."""
         self.error = 0
         """What ended the wait while suspended."""
+        self.watch: list[Reply] = [self]
+        """How the domain knows it while its deadline means something; empty from then on."""
         self.unwatch: Callable[[], None] | None = None
         """Ends the watch on the cancel descriptor."""
         requester.n_requests += 1
         requester.requests.append(self)
         target.owed[self] = None
-
-    @property
-    def pending(self) -> bool:
-        """Whether its deadline still means something."""
-        return self.listed or self.suspended
 
     def unlist(self) -> None:
         """Take it off the requester's list: nobody may answer any more."""
@@ -114,7 +112,7 @@ class Reply:
 
     def _ended(self) -> None:
         if not self.listed and not self.suspended:
-            self.requester.bus.domain.unwatch_deadline()
+            self.requester.bus.domain.unwatch_deadline(self)
 
     def retarget(self, target: Connection) -> None:
         """From now on *target* is to answer."""
