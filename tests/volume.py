@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import daemons
 
@@ -60,7 +63,8 @@ class Footprint:
     """Bytes of memory, those of pools included."""
     peak: int
     """The most that this ever was."""
-    descriptors: int
+    descriptors: tuple[str, ...]
+    """What they are open on."""
     pools: int
     """Mappings of pools."""
 
@@ -72,9 +76,21 @@ class Footprint:
         return cls(
             resident=int(values["VmRSS"].split()[0]) * 1024,
             peak=int(values["VmHWM"].split()[0]) * 1024,
-            descriptors=len(os.listdir(process / "fd")),
+            descriptors=tuple(sorted(_links(process / "fd"))),
             pools=(process / "maps").read_text().count("kdbus-conn"),
         )
+
+    def is_settled(self, before: "Footprint") -> bool:
+        """Whether pools and descriptors have gone back to what they were."""
+        more = len(self.descriptors) - len(before.descriptors)
+        return self.pools == 0 and more <= MAX_DESCRIPTORS_MORE
+
+
+def _links(directory: Path) -> Iterator[str]:
+    for entry in directory.iterdir():
+        # It may have been closed meanwhile.
+        with suppress(OSError):
+            yield os.readlink(entry)
 
 
 def check_nothing_is_left(mount: daemons.Mount, before: Footprint, more_memory: int) -> Footprint:
@@ -84,11 +100,10 @@ def check_nothing_is_left(mount: daemons.Mount, before: Footprint, more_memory: 
     assert not mount.faults()
     assert os.listdir(mount.path) == ["control"]
 
-    def settled() -> bool:
-        now = Footprint.of(mount)
-        return now.pools == 0 and now.descriptors <= before.descriptors + MAX_DESCRIPTORS_MORE
-
-    daemons.wait_until(settled, f"{Footprint.of(mount)} does not get back to {before}")
-    now = Footprint.of(mount)
+    end = time.monotonic() + daemons.DEADLINE_SECONDS
+    while not (now := Footprint.of(mount)).is_settled(before):
+        if time.monotonic() > end:
+            pytest.fail(f"{now}\ndoes not get back to\n{before}")
+        time.sleep(0.05)
     assert now.resident <= before.resident + more_memory, (before, now)
     return now

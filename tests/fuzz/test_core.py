@@ -90,3 +90,15 @@ def test_nothing_that_a_caller_passes_breaks_an_invariant(
     for file in files:
         file.close()
     domain.end()
+
+
+def test_a_far_deadline_keeps_nobody_who_has_gone() -> None:
+    domain = FakeDomain()
+    bus = domain.make_bus()
+    first, second = bus.hello(), bus.hello()
+    first.request(second, timeout=(1 << 63) - 1)
+    ((_, _, watched),) = domain.core._deadlines
+    assert watched
+    first.close()
+    assert not watched
+    domain.end()
