@@ -26,6 +26,7 @@ from ..abi.structs import U32
 from ..bus.domain import Domain
 from ..native import ffi, lib
 from ..peer.process import renew_scratch
+from ..peer.procfs import Status
 from ..peer.turn import TURN
 from . import wire
 from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
@@ -93,7 +94,9 @@ class Router:
         self._handles = Handles(
             device, domain, tree, self._new_backing, self._watches.watch, trace, self._put_back
         )
-        self._watchdog = Watchdog(self._take_over)
+        self._watchdog = Watchdog(self._is_blocked, self._take_over)
+        self._tid = 0
+        """The router's thread, as the system calls it."""
         self._backlog: deque[bytearray] = deque()
         self._kernel_flags2 = 0
         self._init_unique = 0
@@ -118,6 +121,10 @@ class Router:
     def _start_thread(self) -> None:
         self._thread = threading.Thread(target=self._run, name="kdbusfs-router", daemon=True)
         self._thread.start()
+
+    def _is_blocked(self) -> bool:
+        """Whether the router's thread sleeps, as opposed to waiting for its turn on a busy CPU."""
+        return not Status(self._tid).field(b"State").strip().startswith(b"R")
 
     def _take_over(self) -> None:
         """The router's thread is stuck in a caller's memory: have another go on, in its turn."""
@@ -149,6 +156,7 @@ class Router:
         """Holding the turn: handle requests until the mount is gone, or somebody took over."""
         domain, watches, handles = self._domain, self._watches, self._handles
         watchdog, me = self._watchdog, threading.current_thread()
+        self._tid = threading.get_native_id()
         buffer = bytearray(_BUFFER_SIZE)
         device, spin = self._device, self._spin_ns
         pointer, size = ffi.from_buffer(buffer), len(buffer)

@@ -13,12 +13,14 @@ from ..native import lib
 
 class Watchdog:
     """Sees to it that no caller's memory holds up the bus: when the same operation is under way at
-    two looks, it is overtaken and *take_over* called. It sleeps while there are none."""
+    two looks, and *is_blocked* says that its thread waits for more than a CPU, it is overtaken
+    and *take_over* called. It sleeps while there are no operations."""
 
     PERIOD = 0.02
     _QUIET_LOOKS = 50
 
-    def __init__(self, take_over: Callable[[], None]) -> None:
+    def __init__(self, is_blocked: Callable[[], bool], take_over: Callable[[], None]) -> None:
+        self._is_blocked = is_blocked
         self._take_over = take_over
         self._awake = threading.Event()
         self._closed = False
@@ -45,7 +47,7 @@ class Watchdog:
             if number != seen:
                 seen, n_quiet = number, 0
             elif number & 1:
-                if lib.kdbusfs_operation_overtake(number) == 0:
+                if self._is_blocked() and lib.kdbusfs_operation_overtake(number) == 0:
                     self._take_over()
             elif n_quiet < self._QUIET_LOOKS:
                 n_quiet += 1

@@ -14,18 +14,19 @@ class Watches:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], None]] = {}
-        self._wakeup = -1
-        """An eventfd, once there are threads that may have to wake the router."""
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wakes = False
+        """Whether there are threads that may have to wake the router."""
         self.fd = -1
         """What gets readable with any of them, -1 if there are none."""
 
     def _update(self) -> None:
-        self.fd = self._epoll.fileno() if self._callbacks or self._wakeup >= 0 else -1
+        self.fd = self._epoll.fileno() if self._callbacks or self._wakes else -1
 
     def keep_waking(self) -> None:
         """From now on `wake` is used."""
-        if self._wakeup < 0:
-            self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        if not self._wakes:
+            self._wakes = True
             self._epoll.register(self._wakeup, select.EPOLLIN)
             self._update()
 
@@ -63,6 +64,5 @@ class Watches:
     def close(self) -> None:
         for fd in self._callbacks:
             os.close(fd)
-        if self._wakeup >= 0:
-            os.close(self._wakeup)
+        os.close(self._wakeup)
         self._epoll.close()
