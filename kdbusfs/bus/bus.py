@@ -59,6 +59,7 @@ class Bus:
     def __init__(
         self,
         domain: Domain,
+        id_: int,
         name: str,
         flags: int,
         bloom: tuple[int, int],
@@ -68,7 +69,7 @@ class Bus:
         self.domain = domain
         self.name = name
         self.flags = flags
-        self.id = domain.next_id()
+        self.id = id_
         self.id128 = bytes(16)
         self.bloom_size, self.bloom_n_hash = bloom
         self.creator_mask = creator_mask

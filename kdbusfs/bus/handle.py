@@ -150,18 +150,20 @@ class Handle:
         mask = attach_flags(U64.unpack(given)[0]) if given else 0
         who = call.peer.credentials()
         name = self._prefixed_name(call, who)
-        bus = Bus(domain, name, call.flags, (size, n_hash), mask, who.euid)
+        id_ = domain.next_id()
         if name in domain.root.children:
             raise CommandError(EEXIST, f"bus {name} exists")
-        bus.creator_facts = Facts()
-        call.peer.gather(bus.creator_facts, PROCESS)
-        bus.creator = domain.user(who.uid)
-        if bus.creator.n_buses >= Limit.USER_BUSES:
-            raise CommandError(EMFILE, f"{bus.creator.n_buses} buses of this user")
-        bus.id128 = uuid.uuid4().bytes
-        # Nothing below can fail but the caller's memory.
+        facts = Facts()
+        call.peer.gather(facts, PROCESS)
+        creator = domain.user(who.uid)
+        if creator.n_buses >= Limit.USER_BUSES:
+            raise CommandError(EMFILE, f"{creator.n_buses} buses of this user")
         call.peer.write(call.address + 16, call.data[16:24])
-        bus.creator.n_buses += 1
+        # Nothing below can fail.
+        bus = Bus(domain, id_, name, call.flags, (size, n_hash), mask, who.euid)
+        bus.creator, bus.creator_facts = creator, facts
+        bus.id128 = uuid.uuid4().bytes
+        creator.n_buses += 1
         mode = S_IFDIR | access_mode(call.flags, 0o500)
         directory = domain.new_node(name, mode, bus, who)
         self._add_endpoint(bus, directory, "bus", call.flags, who, custom=False)
