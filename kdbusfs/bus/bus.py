@@ -483,6 +483,7 @@ class Bus:
         for connection in list(endpoint.connections):
             self.disconnect(connection)
         del self.endpoints[endpoint]
+        endpoint.policy.remove(endpoint)
         node = endpoint.node
         assert node.parent is not None
         node.parent.unlink(node)
