@@ -115,6 +115,10 @@ def _serve(options: Options, mount_point: Path, ready: Callable[[], None]) -> in
         except BaseExceptionGroup as group:
             # The nursery's wrapping, which would hide a UserError.
             raise _only_one(group) from None
+        finally:
+            # It is ending already: who asks for that now is not to make it look killed.
+            for number in END_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
     log.info("unmounted %s", mount_point)
     return os.EX_OK
 
@@ -133,10 +137,13 @@ async def _unmount_on_signal(mounted: mount.FuseMount, task_status: trio.TaskSta
     with trio.open_signal_receiver(*END_SIGNALS) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
         task_status.started()
-        async for number in signals:
-            log.info("unmounting on %s", signal.Signals(number).name)
-            # In a thread: the tree must stay able to answer the kernel meanwhile.
-            await trio.to_thread.run_sync(mounted.unmount)
+        try:
+            async for number in signals:
+                log.info("unmounting on %s", signal.Signals(number).name)
+                # In a thread: the tree must stay able to answer the kernel meanwhile.
+                await trio.to_thread.run_sync(mounted.unmount)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
 
 
 def _only_one(error: BaseException) -> BaseException:
