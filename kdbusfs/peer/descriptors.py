@@ -108,8 +108,9 @@ class _Closers:
 
 _closers = _Closers()
 
-_MAX_WAITING = 256
-"""Descriptors of one user that may wait to be closed before no more are taken."""
+_MAX_WAITING = 2048
+"""Descriptors of one user that may wait to be closed before no more are taken. A user whose 1,024
+connections end at once has as many sockets to be closed, and is in no way malicious."""
 _SMALL = 1 << 20
 """A memfd up to this size is freed in no time."""
 
