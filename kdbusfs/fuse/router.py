@@ -45,6 +45,7 @@ _MAX_WRITE = 65536
 _MAX_BACKGROUND = 65535
 _LONGEST_WAIT_NS = 3600 * 10**9
 """A deadline may be any 64-bit number, centuries ahead; a wait that ends too soon does no harm."""
+_LOG_PERIOD_NS = 60 * 10**9
 _PROTOCOL_MINOR = 40
 _SHOWN_MINOR = 13
 """What pyfuse3's library is shown: from 7.14 on it splices, which a socket can't do."""
@@ -95,6 +96,7 @@ class Router:
             device, domain, tree, self._new_backing, self._watches.watch, trace, self._put_back
         )
         self._watchdog = Watchdog(self._is_blocked, self._take_over)
+        self._quiet_until = 0
         self._tid = 0
         """The router's thread, as the system calls it."""
         self._backlog: deque[bytearray] = deque()
@@ -128,7 +130,11 @@ class Router:
 
     def _take_over(self) -> None:
         """The router's thread is stuck in a caller's memory: have another go on, in its turn."""
-        log.warning("a caller's memory does not fault in: another thread takes over")
+        now = time.monotonic_ns()
+        if now >= self._quiet_until:
+            # Whoever does it on purpose is not to fill the log.
+            self._quiet_until = now + _LOG_PERIOD_NS
+            log.warning("a caller's memory does not fault in: another thread takes over")
         renew_scratch()
         self._watches.keep_waking()
         self._start_thread()
