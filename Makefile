@@ -57,7 +57,7 @@ check: setup ## ruff, mypy, and the C compiler with warnings as errors
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@for source in $(C_SOURCES); do \
-		$(CC) $(C_WARNINGS) $(CPPFLAGS) -Ilibkdbus/include -c -o /dev/null $$source || exit 1; \
+		$(CC) $(C_WARNINGS) $(CPPFLAGS) -Ilibkdbus/include -Ikdbusfs/native -c -o /dev/null $$source || exit 1; \
 	done
 
 bench: root setup library ## measure, beside the smallest FUSE server in C, and print tables
