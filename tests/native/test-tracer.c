@@ -103,9 +103,9 @@ static char state_of(pid_t pid)
 
 #define await(_condition)                                          \
 	do {                                                       \
-		uint64_t deadline_ = now_ns() + DEADLINE;              \
+		uint64_t deadline_ = now_ns() + DEADLINE;          \
 		while (!(_condition)) {                            \
-			check(now_ns() < deadline_ && #_condition);    \
+			check(now_ns() < deadline_ && #_condition); \
 			nap();                                     \
 		}                                                  \
 	} while (0)
