@@ -101,7 +101,6 @@ class Router:
         """The router's thread, as the system calls it."""
         self._backlog: deque[bytearray] = deque()
         self._kernel_flags2 = 0
-        self._init_unique = 0
         self._kernel_minor = 0
         self._relayed: dict[int, tuple[int, tuple[int, int, int], str]] = {}
         """Opcode, caller and target of requests pyfuse3 has, by unique."""
@@ -259,7 +258,6 @@ class Router:
                 request, IN_HEADER_SIZE
             )
             self._kernel_flags2 = flags2 if flags & wire.FLAG_INIT_EXT else 0
-            self._init_unique = unique
             struct.pack_into("=I", request, IN_HEADER_SIZE + 4, _SHOWN_MINOR)
         if opcode not in _UNANSWERED:
             target = f"nodeid={nodeid}"
