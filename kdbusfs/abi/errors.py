@@ -35,3 +35,9 @@ class Overtaken(Fault):
 
     def __init__(self) -> None:
         super().__init__("memory of the caller that does not fault in")
+
+
+class Stalled(BaseException):
+    """An access to the caller's memory took so long that others went first: no error of the
+    command, which is undone and starts anew. Like trio.Cancelled it is no `Exception`, so that it
+    passes through whatever handles errors."""
