@@ -29,14 +29,6 @@ class Fault(CommandError):
         super().__init__(_errno.EFAULT, why)
 
 
-class Overtaken(Fault):
-    """Reading the caller's memory took so long that others went first; the command may be tried
-    again from its start, unless it has had an effect."""
-
-    def __init__(self) -> None:
-        super().__init__("memory of the caller that does not fault in")
-
-
 class Stalled(BaseException):
     """An access to the caller's memory took so long that others went first: no error of the
     command, which is undone and starts anew. Like trio.Cancelled it is no `Exception`, so that it

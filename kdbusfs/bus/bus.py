@@ -27,7 +27,7 @@ from errno import (
 )
 from typing import TYPE_CHECKING
 
-from ..abi.errors import CommandError, Fault, Overtaken
+from ..abi.errors import CommandError
 from ..abi.items import build
 from ..abi.numbers import ID_ANY, ItemType, MsgFlag
 from ..abi.structs import MSG_INFO
@@ -189,10 +189,10 @@ class Bus:
         change = notification.change
         assert change is not None
         for monitor in self.monitors:
-            monitor.offer(notification)
+            monitor.offer(notification).commit()
         for receiver in self.matches.takers_of_change(change):
             if not change.name or receiver.endpoint.may_see_name(receiver.opener, change.name):
-                receiver.offer(notification)
+                receiver.offer(notification).commit()
 
     def _notify(self, notification: Notification) -> None:
         """REPLY_* to the requester, if it still exists; lost without trace if it does not fit."""
@@ -200,11 +200,12 @@ class Bus:
         if requester is None:
             return
         for monitor in self.monitors:
-            monitor.offer(notification)
+            monitor.offer(notification).commit()
         try:
-            requester.enqueue(notification)
+            entry = requester.stage(notification)
         except CommandError:
-            pass
+            return
+        entry.commit()
 
     # --- sending
 
@@ -212,22 +213,14 @@ class Bus:
         """SEND a message that has passed examination."""
         message.number(self._next_seqnum())
         message.take_descriptors()
-        try:
-            return self._route(message, call, sync, cancel)
-        except Overtaken:
-            if message.delivered:
-                raise Fault from None
-            raise
-
-    def _route(self, message: Message, call: Call, sync: bool, cancel: Descriptor | None) -> int:
         if message.dst_id == ID_ANY:
-            self._broadcast(message)
+            self._broadcast(message, call)
         elif sync:
             return self._call(message, call, cancel)
         elif message.flags & _EXPECT_REPLY or not message.timeout:
-            self._unicast(message)
+            self._unicast(message, call)
         else:
-            self._reply(message)
+            self._reply(message, call)
         return 0
 
     def _pin(self, message: Message) -> Connection:
@@ -260,67 +253,73 @@ class Bus:
         if not endpoint.may_talk(sender, peer.credentials(), target):
             raise CommandError(EPERM, f"{sender.id} may not talk to {target.id}")
 
-    def _copy_to_monitors(self, message: Message) -> None:
-        for monitor in list(self.monitors):
-            monitor.offer(message)
+    def _stage_for_monitors(self, message: Message, call: Call) -> None:
+        for monitor in self.monitors:
+            call.begin(monitor.offer(message))
 
-    def _broadcast(self, message: Message) -> None:
-        self._copy_to_monitors(message)
+    def _broadcast(self, message: Message, call: Call) -> None:
+        self._stage_for_monitors(message, call)
         sender = message.sender
         for receiver in self.matches.takers_of_signal(message.signal()):
             if receiver.endpoint.may_talk(receiver, receiver.opener, sender):
-                receiver.offer(message)
+                call.begin(receiver.offer(message))
+        # Nothing below can fail.
+        call.commit()
 
-    def _signal(self, message: Message, target: Connection) -> None:
+    def _signal(self, message: Message, target: Connection, call: Call) -> None:
         """A unicast signal: dropped in silence unless the target wants and may have it."""
-        self._copy_to_monitors(message)
+        self._stage_for_monitors(message, call)
         signal = message.signal()
         wanted = any(match.passes_signal(signal) for match in target.matches)
         if wanted and target.endpoint.may_talk(target, target.opener, message.sender):
             try:
-                target.enqueue(message)
-            except Overtaken:
-                if not message.delivered:
-                    raise
+                call.begin(target.stage(message))
             except CommandError:
                 pass
+        # Nothing below can fail.
+        call.commit()
 
-    def _unicast(self, message: Message) -> None:
+    def _unicast(self, message: Message, call: Call) -> None:
         target = self._pin(message)
         if message.flags & _SIGNAL:
-            self._signal(message, target)
+            self._signal(message, target, call)
             return
         self._check_talk(message, target)
         if message.flags & _EXPECT_REPLY:
-            self._request(message, target, None)
+            self._request(message, target, call, None)
             return
-        if self.monitors:
-            self._copy_to_monitors(message)
-        target.enqueue(message)
+        entry = self._stage(message, target, call)
+        # Nothing below can fail.
+        call.commit()
+        entry.commit()
 
-    def _request(self, message: Message, target: Connection, call: Call | None) -> Reply:
-        """Queue a request with its tracker."""
-        reply = Reply(
-            message.sender, target, message.cookie, message.name, message.timeout, call
-        )
-        if call is not None:
-            call.wait = reply
-        self.domain.watch_deadline(reply)
+    def _stage(self, message: Message, target: Connection, call: Call) -> QueueEntry:
+        """Copy *message* to the monitors and to *target*. If that is refused, the monitors have
+        seen it nevertheless."""
+        if self.monitors:
+            self._stage_for_monitors(message, call)
         try:
-            self._copy_to_monitors(message)
-            entry = target.enqueue(message)
+            return target.stage(message)
         except CommandError:
-            reply.unlist()
-            if call is not None:
-                reply.call = call.wait = None
+            call.commit()
             raise
-        if reply.listed:
-            entry.reply = reply
-            reply.queued = True
-        # Else it ended while others went first, see `Overtaken`.
+
+    def _request(
+        self, message: Message, target: Connection, call: Call, cancel: Descriptor | None
+    ) -> Reply:
+        """Queue a request with its tracker; *cancel* ends the wait of a synchronous one."""
+        reply = Reply(message.sender, target, message.cookie, message.name, message.timeout)
+        entry = self._stage(message, target, call)
+        call.begin(entry)
+        if cancel is not None:
+            reply.unwatch = cancel.watch(lambda: self._cancel(reply))
+        # Nothing below can fail.
+        reply.enlist(entry)
+        self.domain.watch_deadline(reply)
+        call.commit()
         return reply
 
-    def _reply(self, message: Message) -> None:
+    def _reply(self, message: Message, call: Call) -> None:
         """A message with cookie_reply: the answer to a request."""
         requester = self._pin(message)
         sender = message.sender
@@ -329,17 +328,15 @@ class Bus:
                 break
         else:
             raise CommandError(EBADSLT, f"no request {message.timeout} waits for {sender.id}")
-        # The tracker is the permission: whoever asked may be answered. It is used up whatever
-        # comes next, unless the command starts anew and has to find it again.
+        # The tracker is the permission: whoever asked may be answered. It is used up also by an
+        # answer that is refused.
         try:
-            self._copy_to_monitors(message)
-            if not reply.listed:
-                raise CommandError(EBADSLT, "the request ended while others went first")
-            entry = requester.stage(message)
+            entry = self._stage(message, requester, call)
         except CommandError as error:
-            if not isinstance(error, Overtaken) or message.delivered:
-                self._end_wait(reply, EREMOTEIO if error.errno == ECOMM else error.errno)
+            self._end_wait(reply, EREMOTEIO if error.errno == ECOMM else error.errno)
             raise
+        # Nothing below can fail.
+        call.commit()
         self._end_wait(reply, 0, entry)
 
     def _end_wait(self, reply: Reply, error: int, answer: QueueEntry | None = None) -> None:
@@ -349,8 +346,7 @@ class Bus:
             return
         reply.unlist()
         if answer is not None:
-            reply.requester.queue.append(answer)
-            reply.requester.wake()
+            answer.commit()
 
     # --- synchronous calls
 
@@ -363,26 +359,30 @@ class Bus:
             raise CommandError(ETIMEDOUT, "deadline has passed")
         target = self._pin(message)
         self._check_talk(message, target)
-        reply = self._request(message, target, call)
-        self._watch_cancel(reply, cancel)
+        reply = self._request(message, target, call, cancel)
+        reply.sync = True
+        self._wait(reply, call)
+        if cancel is not None and reply.unwatch is None:
+            self._cancel(reply)
         return PENDING
+
+    def _wait(self, reply: Reply, call: Call) -> None:
+        reply.call = call
+        call.wait = reply
 
     def _resume(self, reply: Reply, call: Call, cancel: Descriptor | None) -> int:
         """Go on with a call that a signal interrupted."""
-        reply.resume()
-        reply.call = call
-        call.wait = reply
-        if reply.answer is not None or reply.error:
-            self._finish(reply, reply.error, reply.answer)
-        else:
-            self._watch_cancel(reply, cancel)
-        return PENDING
-
-    def _watch_cancel(self, reply: Reply, cancel: Descriptor | None) -> None:
-        if cancel is not None:
+        ended = reply.answer is not None or reply.error != 0
+        if cancel is not None and not ended:
             reply.unwatch = cancel.watch(lambda: self._cancel(reply))
-            if reply.unwatch is None:
-                self._cancel(reply)
+        # Nothing below can fail.
+        reply.resume()
+        self._wait(reply, call)
+        if ended:
+            self._finish(reply, reply.error, reply.answer)
+        elif cancel is not None and reply.unwatch is None:
+            self._cancel(reply)
+        return PENDING
 
     def _cancel(self, reply: Reply) -> None:
         reply.unlist()

@@ -27,6 +27,22 @@ _NO_ITEMS: list[Item] = []
 _NO_DATA = bytearray()
 
 
+class Step:
+    """Something that a command has begun: done by `commit`, taken back by `undo`. A commit does
+    not fail."""
+
+    __slots__ = ()
+
+    def commit(self) -> None:
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        raise NotImplementedError
+
+
+_NO_STEPS: list[Step] = []
+
+
 class Argument:
     """A struct with items behind it, in the caller's memory at *address*."""
 
@@ -131,7 +147,7 @@ class Call(Argument):
         "store",
         "store_on_error",
         "complete",
-        "answered",
+        "begun",
         "wait",
         "fds",
         "origin",
@@ -161,8 +177,8 @@ class Call(Argument):
         """Which bytes of the struct the caller gets back when the command succeeds."""
         self.store_on_error = (16, 24)
         self.complete = complete
-        self.answered = False
-        """Whether `complete` has been called."""
+        self.begun = _NO_STEPS
+        """What the command has begun and will commit, in this order, or undo."""
         self.origin = origin
         """What the shell remembers of the request this came as."""
         self.wait: Any = None
@@ -176,6 +192,25 @@ class Call(Argument):
         _pack_u64(self.data, 16, 0)
         self.read = True
         self.judge()
+
+    def begin(self, step: Step) -> None:
+        """Leave *step* to `commit` or `undo`, whichever comes."""
+        if self.begun is _NO_STEPS:
+            self.begun = [step]
+        else:
+            self.begun.append(step)
+
+    def commit(self) -> None:
+        """Carry out what was begun."""
+        begun, self.begun = self.begun, _NO_STEPS
+        for step in begun:
+            step.commit()
+
+    def undo(self) -> None:
+        """Take back what was begun, the latest first."""
+        begun, self.begun = self.begun, _NO_STEPS
+        for step in reversed(begun):
+            step.undo()
 
     def returns(self, flags: int) -> None:
         """Set return_flags."""

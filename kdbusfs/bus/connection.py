@@ -8,10 +8,11 @@ from collections.abc import Callable
 from errno import EAGAIN, ECOMM, ECONNRESET
 from typing import TYPE_CHECKING
 
-from ..abi.errors import CommandError, Overtaken
+from ..abi.errors import CommandError
 from ..abi.items import Buffer, build, build_string
 from ..abi.numbers import AttachFlag, HelloFlag, ItemType, NameFlag, RecvReturnFlag
 from ..abi.structs import I32, U64
+from .call import Step
 from .metadata import Facts, Reference
 from .peer import Credentials
 from .pool import Pool, Slice
@@ -37,10 +38,12 @@ _DESCRIPTION = int(AttachFlag.CONN_DESCRIPTION)
 _INCOMPLETE_FDS = int(RecvReturnFlag.INCOMPLETE_FDS)
 
 
-class QueueEntry:
-    """A message in a receiver's pool: queued, or the answer a synchronous call waits for."""
+class QueueEntry(Step):
+    """A message in a receiver's pool: staged, queued, or the answer a synchronous call waits
+    for."""
 
     __slots__ = (
+        "receiver",
         "slice",
         "user",
         "size",
@@ -53,7 +56,8 @@ class QueueEntry:
         "copy",
     )
 
-    def __init__(self, message: Deliverable, slice_: Slice) -> None:
+    def __init__(self, receiver: Connection, message: Deliverable, slice_: Slice) -> None:
+        self.receiver = receiver
         self.slice = slice_
         self.user = message.user
         self.size = slice_.size
@@ -67,6 +71,28 @@ class QueueEntry:
         self.copy: bytes | None = None
         """The slice's bytes, kept where the message may have to move on to another pool, since
         its receiver could have tampered with its own. The payload may be missing, see `stage`."""
+
+    def commit(self) -> None:
+        self.receiver.queue.append(self)
+        self.receiver.wake()
+
+    def undo(self) -> None:
+        self.receiver.discard(self)
+
+
+class Loss(Step):
+    """A message that *receiver* can't get, and will count as lost."""
+
+    __slots__ = ("receiver",)
+
+    def __init__(self, receiver: Connection) -> None:
+        self.receiver = receiver
+
+    def commit(self) -> None:
+        self.receiver.lose()
+
+    def undo(self) -> None:
+        pass
 
 
 class Delivery:
@@ -203,7 +229,8 @@ class Connection:
     # --- receiving
 
     def stage(self, message: Deliverable) -> QueueEntry:
-        """Copy *message* into the pool. ECONNRESET, ECOMM, ENOBUFS, EMFILE, EXFULL, EFAULT."""
+        """Copy *message* into the pool. ECONNRESET, ECOMM, ENOBUFS, EMFILE, EXFULL, EFAULT. To
+        queue what is returned, or to give it up, is left to the caller and can't fail."""
         if not self.alive:
             raise CommandError(ECONNRESET, "destination is disconnected")
         fds = message.fds
@@ -218,7 +245,7 @@ class Connection:
         except CommandError:
             self.quota.discharge(message.user, size, len(fds))
             raise
-        entry = QueueEntry(message, slice_)
+        entry = QueueEntry(self, message, slice_)
         try:
             if message.name is not None:
                 image = self._keep(entry, message, image)
@@ -228,10 +255,9 @@ class Connection:
                 if message.n_payload & 7:
                     end = offset + message.n_payload
                     self.pool.memory.write(slice_.offset + end, bytes(size - end))
-        except CommandError:
+        except BaseException:
             self.discard(entry)
             raise
-        message.delivered = True
         return entry
 
     def _keep(self, entry: QueueEntry, message: Deliverable, image: Buffer) -> Buffer:
@@ -250,23 +276,12 @@ class Connection:
         entry.copy = content
         return content
 
-    def enqueue(self, message: Deliverable) -> QueueEntry:
-        """Stage *message* and queue it."""
-        entry = self.stage(message)
-        self.queue.append(entry)
-        self.wake()
-        return entry
-
-    def offer(self, message: Deliverable) -> None:
-        """Queue a broadcast, or a monitor's copy; one that can't be counts as lost."""
+    def offer(self, message: Deliverable) -> Step:
+        """Stage a broadcast, or a monitor's copy; one that can't be will count as lost."""
         try:
-            self.enqueue(message)
-        except Overtaken:
-            if not message.delivered:
-                raise
-            self.lose()
+            return self.stage(message)
         except CommandError:
-            self.lose()
+            return Loss(self)
 
     def lose(self) -> None:
         """Count a lost message."""

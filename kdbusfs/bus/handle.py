@@ -86,6 +86,14 @@ class Handle:
 
         Returns 0, or PENDING if `call.complete` will be called later; raises CommandError.
         """
+        try:
+            return self._execute(call, brought)
+        except BaseException:
+            # Whatever went wrong, expected or not, and also if the caller's memory stalled.
+            call.undo()
+            raise
+
+    def _execute(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
         connection = self.connection
         if connection is None:
             return self._set_up(call, brought)
@@ -247,10 +255,10 @@ class Handle:
                     self.opener.user_namespace, call.peer.pid_namespace(), call.peer.root()
                 )
                 self._join(connection, call, name)
-            except CommandError:
+            except BaseException:
                 user.n_connections -= 1
                 raise
-        except CommandError:
+        except BaseException:
             pool.close()
             raise
         self.connection = connection
@@ -325,7 +333,7 @@ class Handle:
             U64x2.pack_into(call.data, 64, slice_.offset, len(item))
             call.data[80:96] = bus.id128
             call.peer.write(call.address + 16, call.data[16:96])
-        except CommandError:
+        except BaseException:
             bus.disconnect(connection)
             raise
         pool.memory.seal()

@@ -91,8 +91,6 @@ class Deliverable(Protocol):
     priority: int
     n_payload: int
     """Bytes of its payload area."""
-    delivered: bool
-    """Whether anybody has got it."""
 
     def image(self, receiver: Connection) -> Buffer:
         """Header, items and metadata for *receiver*, zero-padded to a multiple of 8: what comes
@@ -127,7 +125,6 @@ class Message:
         "memfds",
         "name",
         "n_payload",
-        "delivered",
         "_template",
         "_size",
         "_segments",
@@ -167,7 +164,6 @@ class Message:
         self.memfds = _NO_DESCRIPTORS
         self.name: NameEntry | None = None
         self.n_payload = 0
-        self.delivered = False
         self._segments: list[tuple[int, int]] = []
         """(address, size) of each part of the payload area; address 0 for filler."""
         self._offsets: list[tuple[int, int]] = []
@@ -400,7 +396,6 @@ class Notification:
         "name",
         "priority",
         "n_payload",
-        "delivered",
         "change",
         "dst_id",
         "_item",
@@ -427,7 +422,6 @@ class Notification:
         self.name: NameEntry | None = None
         self.priority = 0
         self.n_payload = 0
-        self.delivered = False
         self.change = change
         """What match rules look at; None for REPLY_*, which need no match."""
         self.dst_id = dst_id

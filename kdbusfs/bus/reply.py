@@ -57,8 +57,8 @@ class Reply:
         cookie: int,
         name: NameEntry | None,
         deadline: int,
-        call: Call | None,
     ) -> None:
+        """EMLINK: too many requests of *requester* are pending."""
         if requester.n_requests >= _REQUESTS:
             raise CommandError(EMLINK, f"{requester.n_requests} requests pending")
         self.requester = requester
@@ -67,10 +67,10 @@ class Reply:
         self.name = name
         """The name entry the request was addressed to; it follows that name (message migration)."""
         self.deadline = deadline
-        self.sync = call is not None
-        self.call = call
+        self.sync = False
+        self.call: Call | None = None
         """The call that waits, None while it is suspended or for an asynchronous request."""
-        self.listed = True
+        self.listed = False
         self.queued = False
         """Whether the request still waits in the target's queue."""
         self.suspended = False
@@ -82,9 +82,14 @@ class Reply:
         """How the domain knows it while its deadline means something; empty from then on."""
         self.unwatch: Callable[[], None] | None = None
         """Ends the watch on the cancel descriptor."""
-        requester.n_requests += 1
-        requester.requests.append(self)
-        target.owed[self] = None
+
+    def enlist(self, request: QueueEntry) -> None:
+        """Put it on its lists: *request* is about to be queued."""
+        self.listed = self.queued = True
+        request.reply = self
+        self.requester.n_requests += 1
+        self.requester.requests.append(self)
+        self.target.owed[self] = None
 
     def unlist(self) -> None:
         """Take it off the requester's list: nobody may answer any more."""

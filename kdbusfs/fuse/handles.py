@@ -13,13 +13,13 @@ import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from errno import EBADF, EBUSY, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOTTY, EPERM
+from errno import EBADF, EBUSY, EFAULT, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOTTY, EPERM
 from select import POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
 from struct import Struct
 from typing import Protocol
 
 from ..abi.commands import FORMS
-from ..abi.errors import CommandError, Fault, Overtaken
+from ..abi.errors import CommandError, Fault, Stalled
 from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
 from ..abi.structs import U64
@@ -247,13 +247,16 @@ class Handles:
                     self._waiting[unique] = call
                 return
             error = 0
-        except CommandError as failure:
-            error = failure.errno
-            if isinstance(failure, Overtaken) and self._try_again(call, request):
-                return
-            if self._trace is not None:
-                # Without its traceback, which would keep this frame and all it holds alive.
-                why = failure.with_traceback(None)
+        except (CommandError, Stalled) as failure:
+            if isinstance(failure, CommandError):
+                error = failure.errno
+                if self._trace is not None:
+                    # Without its traceback, which would keep this frame and all it holds alive.
+                    why = failure.with_traceback(None)
+            else:
+                if self._try_again(unique, request):
+                    return
+                error = EFAULT
             if call.read and in_size and not code & _DIRECTION_READ:
                 (before,) = _unpack_u64(request, IOCTL_AT + 16)
                 (after,) = _unpack_u64(call.data, 16)
@@ -266,12 +269,8 @@ class Handles:
             connection.waker = lambda: self._wake(file)
         self._answer(call, error, why)
 
-    def _try_again(self, call: Call, request: memoryview) -> bool:
-        """Whether a request that was overtaken is someone else's now: of our successor, which
-        starts it anew, or of nobody, since the bus has ended the call meanwhile."""
-        unique = call.origin[1]
-        if call.answered:
-            return True
+    def _try_again(self, unique: int, request: memoryview) -> bool:
+        """Whether a request that stalled is left to our successor, which starts it anew."""
         if unique in self._overtaken:
             self._overtaken.discard(unique)
             return False
@@ -280,7 +279,6 @@ class Handles:
         return True
 
     def _complete(self, call: Call, error: int) -> None:
-        call.answered = True
         self._waiting.pop(call.origin[1], None)
         if error == EINTR:
             self._restart(call)
@@ -317,8 +315,8 @@ class Handles:
             return header + call.data[:end]
         try:
             call.peer.write(call.address + start, call.data[start:end])
-        except Fault as fault:
-            error = fault.errno
+        except (Fault, Stalled):
+            error = EFAULT
         return _pack_ioctl_out(_IOCTL_OUT_SIZE, 0, unique, -error, 0, 0, 0)
 
     # --- descriptors for the caller

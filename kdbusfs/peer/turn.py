@@ -5,8 +5,8 @@ One thread runs the bus, the router's. It reads the memory of callers itself, wh
 caller may have put its data where a page fault never ends: on a FUSE file system of its own, say.
 So each such read is an *operation* with a number, and a watchdog that sees the same one for too
 long lets another thread take over as the router, between two states of the bus. The thread that
-was overtaken comes back, if ever, to `regain`: it waits for its turn, undoes what it had begun
-(`Overtaken` is an error like others to the bus) and leaves the request to its successor.
+was overtaken comes back, if ever, to `fail`: it waits for its turn, undoes what it had begun
+(`Stalled`) and leaves the request to its successor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 from errno import ESTALE
 from typing import NoReturn
 
-from ..abi.errors import Fault, Overtaken
+from ..abi.errors import Fault, Stalled
 from ..native import lib
 
 TURN = threading.Lock()
@@ -26,7 +26,7 @@ def fail(error: int) -> NoReturn:
     """Raise what the negative *error* of an operation stands for."""
     if error == -ESTALE:
         TURN.acquire()
-        raise Overtaken
+        raise Stalled
     raise Fault
 
 

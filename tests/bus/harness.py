@@ -10,13 +10,14 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EFAULT
 from typing import Any
 
 import pytest
 
 from bus.fakes import HOME_USERS, FakeClock, FakeMemory, FakePeer
 from kdbusfs.abi.commands import FORMS
-from kdbusfs.abi.errors import CommandError, Fault, Overtaken
+from kdbusfs.abi.errors import CommandError, Fault, Stalled
 from kdbusfs.abi.numbers import ATTACH_ALL, ID_ANY, Command, HelloFlag, ItemType, MsgFlag, SendFlag
 from kdbusfs.bus.bus import Bus as CoreBus
 from kdbusfs.bus.call import PENDING, Call
@@ -266,11 +267,12 @@ class File:
         pending = Pending(self, Call(code, FORMS[code], self.peer, address))
         try:
             self._execute(pending)
-        except Overtaken:
-            # It starts anew, unless the bus has ended it meanwhile.
-            if pending.waiting:
-                pending.renew()
+        except Stalled:
+            pending.renew()
+            try:
                 self._execute(pending)
+            except Stalled:
+                pending.error = self.store(pending.call, EFAULT)
         self.domain.check()
         return pending
 
@@ -282,8 +284,6 @@ class File:
             if call.code & 0x40000000:
                 brought = self.peer.read(call.address, call.code >> 16 & 0x3FFF)
             result = self.handle.execute(call, brought)
-        except Overtaken:
-            raise
         except CommandError as error:
             pending.error = self.store(call, error.errno)
         else:
