@@ -321,7 +321,32 @@ def test_name_notifications_on_a_custom_endpoint_are_for_those_who_may_see_the_n
     ]
 
 
-# --- the index against asking every match
+# --- the index against asking every rule of every match
+
+
+def is_true_of_signal(rule: Rule, signal: Signal) -> bool:
+    """Rule for rule, as kdbus.match(7) says it."""
+    if rule.type == I.BLOOM_MASK:
+        wanted = rule.masks[min(signal.generation, len(rule.masks) - 1)]
+        return signal.bloom & wanted == wanted
+    if rule.type == I.ID:
+        return rule.id in (signal.src_id, ID_ANY)
+    if rule.type == I.NAME:
+        return rule.name in signal.names
+    return rule.type == I.DST_ID and rule.id in (signal.dst_id, ID_ANY)
+
+
+def is_true_of_change(rule: Rule, change: Change) -> bool:
+    if rule.type != change.type:
+        return False
+    if rule.type in (I.ID_ADD, I.ID_REMOVE):
+        return rule.id in (change.id, ID_ANY)
+    return (
+        rule.old_id in (change.old_id, ID_ANY)
+        and rule.id in (change.new_id, ID_ANY)
+        and rule.name in (None, change.name)
+    )
+
 
 IDS = st.sampled_from([1, 2, 3, ID_ANY])
 NAMES = st.sampled_from([b"a.a", b"b.b", b""])
@@ -378,6 +403,7 @@ def test_the_index_finds_what_asking_every_match_would(
     index = MatchIndex()
     owners = [object() for _ in range(4)]
     matches = [Match(owners[who], n, found) for n, (who, found) in enumerate(filed)]  # type: ignore[arg-type]
+    rules_of = {match: found for match, (_, found) in zip(matches, filed, strict=True)}
     for match in matches:
         index.add(match)
     index.check(matches)
@@ -389,14 +415,57 @@ def test_the_index_finds_what_asking_every_match_would(
     for signal in asked:
         found = index.takers_of_signal(signal)
         assert len(found) == len(set(found))
-        assert set(found) == {m.connection for m in left if m.passes_signal(signal)}
+        assert set(found) == {
+            m.connection for m in left if all(is_true_of_signal(r, signal) for r in rules_of[m])
+        }
     for change in happened:
         taken = index.takers_of_change(change)
         assert len(taken) == len(set(taken))
-        assert set(taken) == {m.connection for m in left if m.passes_change(change)}
+        assert set(taken) == {
+            m.connection for m in left if all(is_true_of_change(r, change) for r in rules_of[m])
+        }
     for match in left:
         index.remove(match)
     index.check([])
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [Rule(int(I.ID), 1), Rule(int(I.ID), 2)],
+        [Rule(int(I.DST_ID), 1), Rule(int(I.DST_ID), 2)],
+        [Rule(int(I.ID), 1), Rule(int(I.ID_ADD), 1)],
+        [Rule(int(I.ID_ADD), 1), Rule(int(I.ID_REMOVE), 1)],
+        [Rule(int(I.NAME_ADD), ID_ANY, ID_ANY, b"a.a"), Rule(int(I.NAME_ADD), 1, 1, b"b.b")],
+    ],
+)
+def test_rules_that_contradict_each_other_pass_nothing_and_are_filed_nowhere(
+    rules: list[Rule],
+) -> None:
+    index = MatchIndex()
+    match = Match(object(), 0, rules)  # type: ignore[arg-type]
+    index.add(match)
+    assert match.keys == ()
+    assert not match.passes_signal(Signal(1, 1, [], 0, 0))
+    assert not match.passes_change(Change(int(I.ID_ADD), 1))
+
+
+def test_what_a_match_costs_does_not_grow_with_its_rules() -> None:
+    many = [Rule(int(I.BLOOM_MASK), masks=(1 << n % 64,)) for n in range(1000)]
+    few = [Rule(int(I.BLOOM_MASK), masks=((1 << 64) - 1,))]
+    one, other = Match(object(), 0, many), Match(object(), 0, few)  # type: ignore[arg-type]
+    assert one.masks == other.masks == ((1 << 64) - 1,)
+    assert one.size == other.size
+
+
+def test_a_mask_of_many_generations_takes_few_places_in_the_index() -> None:
+    index = MatchIndex()
+    masks = tuple(1 << n for n in range(512))
+    match = Match(object(), 0, [Rule(int(I.BLOOM_MASK), masks=masks)])  # type: ignore[arg-type]
+    index.add(match)
+    assert len(match.keys) == 1
+    assert index.takers_of_signal(Signal(1, ID_ANY, [], 1 << 7, 7)) == [match.connection]
+    assert index.takers_of_signal(Signal(1, ID_ANY, [], 1 << 7, 8)) == []
 
 
 def test_bits_are_numbered_from_the_lowest_of_the_first_byte() -> None:
