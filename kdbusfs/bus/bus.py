@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING
 from ..abi.errors import CommandError
 from ..abi.items import build
 from ..abi.numbers import ID_ANY, ItemType, MsgFlag
-from ..abi.structs import MSG_INFO
 from .call import PENDING, Call
 from .connection import ACTIVATOR, MONITOR, Connection, QueueEntry
 from .endpoint import Endpoint
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
 _EXPECT_REPLY = int(MsgFlag.EXPECT_REPLY)
 _NO_AUTO_START = int(MsgFlag.NO_AUTO_START)
 _SIGNAL = int(MsgFlag.SIGNAL)
-_REPLY_AT = 32
-"""Offset of reply in struct kdbus_cmd_send."""
 
 
 class Bus:
@@ -114,6 +111,8 @@ class Bus:
         connection.alive = False
         for reply in [r for r in connection.requests if r.call is not None]:
             self._finish(reply, ECONNRESET)
+        for call in list(connection.completed):
+            connection.abandon(call)
         self.policy.remove(connection)
         del self.connections[connection.id]
         del connection.endpoint.connections[connection]
@@ -399,14 +398,7 @@ class Bus:
             reply.answer, reply.error = answer, error
             return
         reply.call = None
-        call.wait = None
-        if answer is not None:
-            requester = reply.requester
-            call.fds = requester.publish(answer)
-            requester.discard(answer)
-            MSG_INFO.pack_into(call.data, _REPLY_AT, answer.slice.offset, answer.size, 0)
-        assert call.complete is not None
-        call.complete(call, error)
+        reply.requester.complete(call, error, answer)
 
     def interrupt(self, call: Call) -> None:
         """A signal ends the wait of *call* with EINTR; the same call again resumes it."""
@@ -415,14 +407,12 @@ class Bus:
             reply.unwatch()
             reply.unwatch = None
         reply.call = None
-        call.wait = None
         older = reply.requester.suspended.get(reply.cookie)
         if older is not None:
             self._forget(older)
         reply.suspended = True
         reply.requester.suspended[reply.cookie] = reply
-        assert call.complete is not None
-        call.complete(call, EINTR)
+        reply.requester.complete(call, EINTR)
 
     def _forget(self, reply: Reply) -> None:
         """The requester has no more interest in *reply*."""

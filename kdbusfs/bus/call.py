@@ -43,6 +43,17 @@ class Step:
 _NO_STEPS: list[Step] = []
 
 
+class Held(Step):
+    """What is kept for a call that has been completed, until it is finished."""
+
+    __slots__ = ()
+
+    def hand_over(self, call: Call) -> None:
+        """Hand it to user space and say in `call.data` where it is. May fail, and be tried
+        again: nothing is changed then."""
+        raise NotImplementedError
+
+
 class Argument:
     """A struct with items behind it, in the caller's memory at *address*."""
 
@@ -138,7 +149,9 @@ class Call(Argument):
 
     The handler puts results into `data` and says with `store` which bytes of it the caller gets;
     the shell writes them back. A handler that has to wait (SYNC_REPLY) returns PENDING; whoever
-    ends the wait calls `complete(call, errno)`.
+    ends the wait calls `complete(call, errno)`, which does nothing but remember that: it comes in
+    the middle of somebody else's command, or at the end of a connection. Some time after that the
+    shell calls `Handle.finish`, and answers.
     """
 
     __slots__ = (
@@ -147,6 +160,8 @@ class Call(Argument):
         "store",
         "store_on_error",
         "complete",
+        "error",
+        "held",
         "begun",
         "wait",
         "fds",
@@ -177,6 +192,10 @@ class Call(Argument):
         """Which bytes of the struct the caller gets back when the command succeeds."""
         self.store_on_error = (16, 24)
         self.complete = complete
+        self.error = 0
+        """The errno it was completed with."""
+        self.held: Held | None = None
+        """What it was completed with, while it is not finished."""
         self.begun = _NO_STEPS
         """What the command has begun and will commit, in this order, or undo."""
         self.origin = origin

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ..abi.errors import CommandError
 from ..abi.items import Buffer, build, build_string
 from ..abi.numbers import AttachFlag, HelloFlag, ItemType, NameFlag, RecvReturnFlag
-from ..abi.structs import I32, U64
-from .call import Step
+from ..abi.structs import I32, MSG_INFO, U64
+from .call import Call, Held, Step
 from .metadata import Facts, Reference
 from .peer import Credentials
 from .pool import Pool, Slice
@@ -36,9 +36,11 @@ _IN_QUEUE = int(NameFlag.IN_QUEUE)
 _NAMES = int(AttachFlag.NAMES)
 _DESCRIPTION = int(AttachFlag.CONN_DESCRIPTION)
 _INCOMPLETE_FDS = int(RecvReturnFlag.INCOMPLETE_FDS)
+_REPLY_AT = 32
+"""Offset of reply in struct kdbus_cmd_send."""
 
 
-class QueueEntry(Step):
+class QueueEntry(Held):
     """A message in a receiver's pool: staged, queued, or the answer a synchronous call waits
     for."""
 
@@ -78,6 +80,13 @@ class QueueEntry(Step):
 
     def undo(self) -> None:
         self.receiver.discard(self)
+
+    def hand_over(self, call: Call) -> None:
+        """As the answer to a synchronous call."""
+        call.fds = self.receiver.publish(self)
+        # Nothing below can fail.
+        self.receiver.discard(self)
+        MSG_INFO.pack_into(call.data, _REPLY_AT, self.slice.offset, self.size, 0)
 
 
 class Loss(Step):
@@ -152,6 +161,7 @@ class Connection:
         "suspended",
         "n_requests",
         "owed",
+        "completed",
         "alive",
         "waker",
         "fd_socket",
@@ -197,6 +207,8 @@ class Connection:
         self.n_requests = 0
         self.owed: dict[Reply, None] = {}
         """Trackers of others that wait for its answer."""
+        self.completed: dict[Call, None] = {}
+        """Calls of its own that have been completed and not yet finished."""
         self.alive = True
         self.waker: Callable[[], None] | None = None
         """Called when poll may have something to say."""
@@ -225,6 +237,34 @@ class Connection:
         if kinds & _DESCRIPTION and self.description is not None:
             items.append(build_string(ItemType.CONN_DESCRIPTION, self.description))
         return items
+
+    # --- calls that wait
+
+    def complete(self, call: Call, error: int, held: Held | None = None) -> None:
+        """End the wait of *call*, with *error* or with what is *held* for it."""
+        call.wait = None
+        call.error, call.held = error, held
+        self.completed[call] = None
+        assert call.complete is not None
+        call.complete(call, error)
+
+    def finish(self, call: Call) -> int:
+        """Give *call* its results; returns its errno. Nothing has happened if this stalls."""
+        held = call.held
+        if held is not None:
+            held.hand_over(call)
+        # Nothing below can fail.
+        call.held = None
+        self.completed.pop(call, None)
+        return call.error
+
+    def abandon(self, call: Call) -> None:
+        """Let go of what is held for *call*: its caller won't get it."""
+        held, call.held = call.held, None
+        if held is not None:
+            held.undo()
+            call.error = ECONNRESET
+        self.completed.pop(call, None)
 
     # --- receiving
 
@@ -364,6 +404,7 @@ class Connection:
         """Assert what must hold between any two calls."""
         self.pool.check()
         queued = [*self.queue, *(r.answer for r in self.suspended.values() if r.answer)]
+        queued += [c.held for c in self.completed if isinstance(c.held, QueueEntry)]
         assert sum(e.size for e in queued) == self.quota.queued
         accounts = self.quota.accounts
         for user in {e.user for e in queued} | accounts.keys():

@@ -24,7 +24,7 @@ from stat import S_IFDIR, S_IFREG
 
 from ..abi import structs
 from ..abi.commands import FORMS
-from ..abi.errors import CommandError
+from ..abi.errors import CommandError, Stalled
 from ..abi.items import build
 from ..abi.names import is_policy_name
 from ..abi.numbers import Command, ItemType, Limit
@@ -84,7 +84,8 @@ class Handle:
     def execute(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
         """Carry out *call*. *brought* is what of its argument came with the request.
 
-        Returns 0, or PENDING if `call.complete` will be called later; raises CommandError.
+        Returns 0, or PENDING if `call.complete` will be called later (or has been), and then
+        `finish` is due; raises CommandError.
         """
         try:
             return self._execute(call, brought)
@@ -112,6 +113,28 @@ class Handle:
         if call.negotiating and call.code not in _NEGOTIATES_MORE:
             return 0
         return row.handler(connection, call)
+
+    def finish(self, call: Call) -> int:
+        """Give a call that has been completed its results: what is held for it becomes visible in
+        the pool, `call.data` and `call.fds` tell of it. Returns the call's errno.
+
+        Stalled: nothing has happened, to be tried again. Any other exception: the call has been
+        abandoned.
+        """
+        connection = self.connection
+        assert connection is not None
+        try:
+            return connection.finish(call)
+        except Stalled:
+            raise
+        except BaseException:
+            connection.abandon(call)
+            raise
+
+    def abandon(self, call: Call) -> None:
+        """Give up what is held for a completed call instead: nobody is there to get it."""
+        assert self.connection is not None
+        self.connection.abandon(call)
 
     def _set_up(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
         code, state = call.code, self.state

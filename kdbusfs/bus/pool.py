@@ -78,8 +78,8 @@ class Pool:
 
     def publish(self, slice_: Slice) -> None:
         """Hand the slice to user space: its offset is about to be told."""
-        slice_.user = True
         self.memory.publish(slice_.offset, slice_.size)
+        slice_.user = True
 
     def release(self, slice_: Slice) -> None:
         """Drop the kernel's hold."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from errno import EBADF, EBUSY, EFAULT, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOTTY, EPERM
@@ -106,6 +107,7 @@ class Handles:
         watcher: Watcher,
         trace: Trace | None,
         put_back: Callable[[bytes], None] = lambda request: None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._device = device
         self._domain = domain
@@ -123,10 +125,13 @@ class Handles:
         """Calls that are PENDING, by the unique of their request. The origin of a call is its
         (OpenFile, unique)."""
         self._put_back = put_back
-        self._overtaken: set[int] = set()
+        self._wake_router = wake
+        self._stalled: set[int] = set()
         """Requests that have been tried again once."""
         self._current: Call | None = None
         """The call whose request is being handled."""
+        self.completed: deque[Call] = deque()
+        """Calls the bus has completed, to be finished when nothing else is under way."""
         self.reply: Buffer = b""
         """Its answer, if that is ready: the router writes it as it goes for the next request."""
         self._workers = ThreadPoolExecutor(_TRACERS, "kdbusfs-tracer")
@@ -271,19 +276,41 @@ class Handles:
 
     def _try_again(self, unique: int, request: memoryview) -> bool:
         """Whether a request that stalled is left to our successor, which starts it anew."""
-        if unique in self._overtaken:
-            self._overtaken.discard(unique)
+        if unique in self._stalled:
+            self._stalled.discard(unique)
             return False
-        self._overtaken.add(unique)
+        self._stalled.add(unique)
         self._put_back(bytes(request))
         return True
 
     def _complete(self, call: Call, error: int) -> None:
         self._waiting.pop(call.origin[1], None)
-        if error == EINTR:
-            self._restart(call)
-        else:
-            self._answer(call, error)
+        self.completed.append(call)
+
+    def finish(self) -> None:
+        """Answer the calls that have been completed."""
+        while self.completed:
+            call = self.completed.popleft()
+            handle, unique = call.origin[0].handle, call.origin[1]
+            try:
+                error = handle.finish(call)
+            except Stalled:
+                if unique not in self._stalled:
+                    self._stalled.add(unique)
+                    self.completed.append(call)
+                    self._wake_router()
+                    return
+                handle.abandon(call)
+                error = EFAULT
+            except CommandError as failure:
+                error = failure.errno
+            except Exception:
+                log.exception("ERROR: a call was not finished")
+                error = EIO
+            if error == EINTR:
+                self._restart(call)
+            else:
+                self._answer(call, error)
 
     def _answer(self, call: Call, error: int, why: CommandError | None = None) -> None:
         """Store the results of *call* in its caller's memory and let it go."""
@@ -294,8 +321,8 @@ class Handles:
             if not error:
                 self._deliver(call, delivery)
                 return
-        if self._overtaken:
-            self._overtaken.discard(call.origin[1])
+        if self._stalled:
+            self._stalled.discard(call.origin[1])
         result = self._result(call, error)
         if call is self._current:
             self.reply = result

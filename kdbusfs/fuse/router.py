@@ -93,7 +93,14 @@ class Router:
         self._trace = trace
         self._watches = Watches()
         self._handles = Handles(
-            device, domain, tree, self._new_backing, self._watches.watch, trace, self._put_back
+            device,
+            domain,
+            tree,
+            self._new_backing,
+            self._watches.watch,
+            trace,
+            self._put_back,
+            self._watches.wake,
         )
         self._watchdog = Watchdog(self._is_blocked, self._take_over)
         self._quiet_until = 0
@@ -169,6 +176,9 @@ class Router:
         next_request, monotonic = lib.kdbusfs_next, time.monotonic_ns
         acquire, release = TURN.acquire, TURN.release
         while self._thread is me:
+            if handles.completed:
+                handles.finish()
+                continue
             if self._backlog:
                 self._write_reply()
                 request = self._backlog.popleft()

@@ -199,7 +199,8 @@ class Pending:
     def __init__(self, file: "File", call: Call) -> None:
         self.file = file
         self.call = call
-        self.error: int | None = None
+        self._error: int | None = None
+        self.completed = False
         call.complete = self._complete
 
     def renew(self) -> None:
@@ -209,8 +210,22 @@ class Pending:
         self.call.complete = self._complete
 
     def _complete(self, call: Call, error: int) -> None:
-        assert self.error is None, "completed twice"
-        self.error = self.file.store(call, error)
+        assert not self.completed, "completed twice"
+        self.completed = True
+        self.file.domain.completed.append(self)
+
+    def finish(self) -> None:
+        """What the FUSE side does for a call that has been completed."""
+        self.end(self.file.handle.finish(self.call))
+
+    def end(self, error: int) -> None:
+        """It is answered with *error*."""
+        self._error = self.file.store(self.call, error)
+
+    @property
+    def error(self) -> int | None:
+        self.file.domain.finish()
+        return self._error
 
     @property
     def waiting(self) -> bool:
@@ -228,6 +243,7 @@ class Pending:
     def interrupt(self) -> None:
         """A signal arrives."""
         self.file.handle.connection.bus.interrupt(self.call)
+        self.file.domain.finish()
 
 
 class File:
@@ -272,7 +288,8 @@ class File:
             try:
                 self._execute(pending)
             except Stalled:
-                pending.error = self.store(pending.call, EFAULT)
+                pending.end(EFAULT)
+        self.domain.finish()
         self.domain.check()
         return pending
 
@@ -285,10 +302,10 @@ class File:
                 brought = self.peer.read(call.address, call.code >> 16 & 0x3FFF)
             result = self.handle.execute(call, brought)
         except CommandError as error:
-            pending.error = self.store(call, error.errno)
+            pending.end(error.errno)
         else:
             if result != PENDING:
-                pending.error = self.store(call, 0)
+                pending.end(0)
 
     def store(self, call: Call, error: int) -> int:
         """Write the results of *call* back and install its descriptors; returns its errno."""
@@ -314,6 +331,7 @@ class File:
     def close(self) -> None:
         self.closed = True
         self.handle.close()
+        self.domain.finish()
         self.domain.check()
 
     @property
@@ -690,6 +708,7 @@ class FakeDomain:
         self.clock = FakeClock()
         self.core = Domain(self.clock, HOME_USERS)
         self.files: list[File] = []
+        self.completed: list[Pending] = []
 
     def node(self, path: str) -> Any:
         node = self.core.root
@@ -712,7 +731,13 @@ class FakeDomain:
         """Let time pass."""
         self.clock.now += ns
         self.core.expire()
+        self.finish()
         self.check()
+
+    def finish(self) -> None:
+        """Finish the calls that have been completed, as the FUSE side does between requests."""
+        while self.completed:
+            self.completed.pop(0).finish()
 
     def check(self) -> None:
         """Assert what must hold between any two calls, in all of the domain."""
