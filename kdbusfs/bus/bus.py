@@ -130,6 +130,9 @@ class Bus:
         for reply in list(connection.owed):
             self.reply_dead(reply)
         connection.lost = 0
+        if connection.fd_socket is not None:
+            connection.fd_socket.release()
+            connection.fd_socket = None
         if connection.kind != MONITOR:
             self._announce_id(ItemType.ID_REMOVE, connection)
         self.flush()
@@ -211,7 +214,13 @@ class Bus:
     def send(self, message: Message, call: Call, *, sync: bool, cancel: Descriptor | None) -> int:
         """SEND a message that has passed examination."""
         message.number(self._next_seqnum())
-        message.take_descriptors()
+        try:
+            message.take_descriptors()
+            return self._route(message, call, sync, cancel)
+        finally:
+            message.release_descriptors()
+
+    def _route(self, message: Message, call: Call, sync: bool, cancel: Descriptor | None) -> int:
         if message.dst_id == ID_ANY:
             self._broadcast(message, call)
         elif sync:

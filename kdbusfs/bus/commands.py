@@ -155,6 +155,8 @@ def recv(connection: Connection, call: Call) -> int:
         connection.dequeue(entry)
         connection.discard(entry)
         call.fds = delivery
+    elif delivery is not None:
+        delivery.release()
     U64x2.pack_into(data, 40, entry.slice.offset, entry.size)
     return 0
 
@@ -177,12 +179,17 @@ def send(connection: Connection, call: Call) -> int:
         payload = call.find(ItemType.CANCEL_FD)
         if payload is not None:
             cancel = call.peer.take(I32.unpack(payload)[0])
+    try:
+        if cancel is not None:
             cancel.check_pollable()
-    sync = bool(call.flags & _SYNC_REPLY)
-    message = Message(connection, argument, sync)
-    call.store = (16, 56)
-    U64x3.pack_into(call.data, 32, connection.pool.size, 0, 0)
-    return connection.bus.send(message, call, sync=sync, cancel=cancel)
+        sync = bool(call.flags & _SYNC_REPLY)
+        message = Message(connection, argument, sync)
+        call.store = (16, 56)
+        U64x3.pack_into(call.data, 32, connection.pool.size, 0, 0)
+        return connection.bus.send(message, call, sync=sync, cancel=cancel)
+    finally:
+        if cancel is not None:
+            cancel.release()
 
 
 @command(Command.NAME_ACQUIRE)
@@ -398,9 +405,14 @@ def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule:
 def fd_socket(connection: Connection, call: Call) -> int:
     """KDBUSFS_CMD_FD_SOCKET: take the socket on which descriptors are to be sent to those who
     receive with the extension's commands. EINVAL unless it is an AF_UNIX socket, SOCK_SEQPACKET,
-    with the caller's own user at the other end."""
+    with the caller's own user at the other end; EBADF for an O_PATH descriptor."""
     socket = call.peer.take(I32.unpack_from(call.data, 24)[0])
-    if not socket.is_own_channel():
-        raise CommandError(EINVAL, "no AF_UNIX socket to the caller itself")
-    connection.fd_socket = socket
+    try:
+        socket.become_channel()
+    except CommandError:
+        socket.release()
+        raise
+    before, connection.fd_socket = connection.fd_socket, socket
+    if before is not None:
+        before.release()
     return 0

@@ -14,7 +14,7 @@ from ..abi.numbers import AttachFlag, HelloFlag, ItemType, NameFlag, RecvReturnF
 from ..abi.structs import I32, MSG_INFO, U64
 from .call import Call, Held, Step
 from .metadata import Facts, Reference
-from .peer import Credentials
+from .peer import Credentials, release
 from .pool import Pool, Slice
 from .quota import Quota, User
 
@@ -67,7 +67,11 @@ class QueueEntry(Held):
         self.name: NameEntry | None = None
         self.fds: list[Descriptor] = message.fds
         self.memfds: list[Descriptor] = message.memfds
-        self.positions = message.fd_positions() if self.fds or self.memfds else []
+        self.positions: list[int] = []
+        if self.fds or self.memfds:
+            self.positions = message.fd_positions()
+            for descriptor in (*self.fds, *self.memfds):
+                descriptor.hold()
         self.reply: Reply | None = None
         """The tracker, if this is a request."""
         self.copy: bytes | None = None
@@ -88,6 +92,12 @@ class QueueEntry(Held):
         self.receiver.discard(self)
         MSG_INFO.pack_into(call.data, _REPLY_AT, self.slice.offset, self.size, 0)
 
+    def release_descriptors(self) -> None:
+        """The message is gone; who receives its files holds them by itself."""
+        if self.positions:
+            release(self.fds)
+            release(self.memfds)
+
 
 class Loss(Step):
     """A message that *receiver* can't get, and will count as lost."""
@@ -105,7 +115,7 @@ class Loss(Step):
 
 
 class Delivery:
-    """Descriptors on their way into the process that receives a message.
+    """Descriptors on their way into the process that receives a message, and held until `release`.
 
     The numbers in the slice are -1 until `installed` is told better ones.
     """
@@ -117,6 +127,8 @@ class Delivery:
         self.slice = entry.slice
         skip = 0 if accept_fds else len(entry.fds)
         self.descriptors = (entry.fds + entry.memfds)[skip:]
+        for descriptor in self.descriptors:
+            descriptor.hold()
         self.positions = entry.positions[skip:]
         self.accepted = skip == 0
         for position in entry.positions:
@@ -131,6 +143,11 @@ class Delivery:
             memory.write(offset, I32.pack(number))
             memory.publish(offset, I32.size)
         return 0 if self.accepted and -1 not in numbers else _INCOMPLETE_FDS
+
+    def release(self) -> None:
+        """The receiver has got what it could."""
+        descriptors, self.descriptors = self.descriptors, []
+        release(descriptors)
 
 
 class Connection:
@@ -339,6 +356,7 @@ class Connection:
         """Destroy a staged or dequeued message."""
         self.settle(entry)
         self.pool.release(entry.slice)
+        entry.release_descriptors()
 
     def pick(self, priority: int | None) -> QueueEntry:
         """The oldest message, or with *priority* the oldest of those with the lowest value, which
@@ -360,11 +378,17 @@ class Connection:
             self.queue.remove(entry)
 
     def publish(self, entry: QueueEntry) -> Delivery | None:
-        """Hand the slice to user space; returns the descriptors to install with it, if any."""
+        """Hand the slice to user space; returns the descriptors to install with it, if any, which
+        are the caller's to release."""
         delivery = None
         if entry.positions:
             delivery = Delivery(self.pool, entry, bool(self.flags & ACCEPT_FD))
-        self.pool.publish(entry.slice)
+        try:
+            self.pool.publish(entry.slice)
+        except BaseException:
+            if delivery is not None:
+                delivery.release()
+            raise
         return delivery
 
     def adopt(self, entry: QueueEntry, old: Connection) -> bool:
@@ -381,8 +405,10 @@ class Connection:
         if slice_ is not None:
             entry.slice = slice_
             self.queue.append(entry)
-        elif entry.reply is not None:
-            entry.reply.unqueue()
+        else:
+            entry.release_descriptors()
+            if entry.reply is not None:
+                entry.reply.unqueue()
         return slice_ is not None
 
     def _stage_copy(self, entry: QueueEntry, old: Connection) -> Slice:

@@ -45,6 +45,7 @@ from ..abi.structs import (
 )
 from .match import Change, Signal
 from .metadata import IMPLICIT, PROCESS, Facts, join
+from .peer import release
 
 if TYPE_CHECKING:
     from .call import Argument
@@ -276,8 +277,9 @@ class Message:
     def take_descriptors(self) -> None:
         """Resolve the caller's descriptors, in the order of the items.
 
-        EBADF: not open. EOPNOTSUPP: a kdbus file or AF_UNIX socket. EMEDIUMTYPE, ETXTBSY: no
-        memfd, or not sealed in full. EFAULT: the memfd is shorter than said.
+        EBADF: not open. EOPNOTSUPP: a kdbus file, AF_UNIX socket or io_uring. EMEDIUMTYPE,
+        ETXTBSY: no memfd, or not sealed in full. EFAULT: the memfd is shorter than said.
+        Whatever comes of it, `release_descriptors` has to follow.
         """
         if not self._fd_items:
             return
@@ -285,23 +287,31 @@ class Message:
         for type_, start, size in self._fd_items:
             if type_ == _FDS:
                 for at in range(start, start + size, 4):
-                    self.fds.append(self._take(I32.unpack_from(self._template, at)[0]))
+                    self._take(I32.unpack_from(self._template, at)[0])
             else:
                 begin, length, fd, _ = MEMFD.unpack_from(self._template, start)
                 memfd = self.peer.take(fd)
+                self.memfds.append(memfd)
                 if memfd.is_path():
                     raise CommandError(EBADF, f"{fd} is an O_PATH descriptor")
                 if begin + length > memfd.sealed_size():
                     raise CommandError(EFAULT, "memfd is shorter than said")
-                self.memfds.append(memfd)
 
-    def _take(self, fd: int) -> Descriptor:
+    def _take(self, fd: int) -> None:
         if fd < 0:
             raise CommandError(EBADF, f"descriptor {fd}")
         descriptor = self.peer.take(fd)
-        if not descriptor.is_path() and (descriptor.is_kdbus() or descriptor.is_unix_socket()):
-            raise CommandError(EOPNOTSUPP, f"{fd} is a kdbus file or AF_UNIX socket")
-        return descriptor
+        self.fds.append(descriptor)
+        if not descriptor.is_path() and descriptor.can_hold_files():
+            raise CommandError(EOPNOTSUPP, f"{fd} is a kdbus file, AF_UNIX socket or io_uring")
+
+    def release_descriptors(self) -> None:
+        """Nothing more is done with the message: what it took goes, but for what is queued."""
+        if self._fd_items:
+            fds, self.fds = self.fds, _NO_DESCRIPTORS
+            memfds, self.memfds = self.memfds, _NO_DESCRIPTORS
+            release(fds)
+            release(memfds)
 
     def fd_positions(self) -> list[int]:
         if not self._fd_items:

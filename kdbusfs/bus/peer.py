@@ -8,7 +8,7 @@ put for so long.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,15 +37,26 @@ class Credentials:
 
 
 class Descriptor(Protocol):
-    """A file of the sender, on its way to receivers; closed when the last reference is gone."""
+    """A file of the sender, on its way to receivers.
 
-    def is_kdbus(self) -> bool:
-        """Whether it is a node of a kdbusfs mount."""
+    It has holders: who took it (`Peer.take`) is the first, and each message in a queue, each
+    answer and each wait is another. The last one to release it closes it, in that very call; what
+    is refused is closed before the caller hears so.
+    """
 
-    def is_unix_socket(self) -> bool: ...
+    def hold(self) -> None:
+        """One holder more."""
 
-    def is_own_channel(self) -> bool:
-        """Whether it is an AF_UNIX socket of type SOCK_SEQPACKET whose other end is the
+    def release(self) -> None:
+        """One holder less."""
+
+    def can_hold_files(self) -> bool:
+        """Whether it is a node of a kdbusfs mount, an AF_UNIX socket or an io_uring: files that
+        can hold others, and so, in its own queue, a connection for ever."""
+
+    def become_channel(self) -> None:
+        """From now on nothing can be sent to us on this socket. EBADF for an O_PATH descriptor,
+        EINVAL unless it is an AF_UNIX socket of type SOCK_SEQPACKET whose other end is the
         caller's user's."""
 
     def is_path(self) -> bool:
@@ -59,7 +70,7 @@ class Descriptor(Protocol):
 
     def watch(self, callback: Callable[[], None]) -> Callable[[], None] | None:
         """Call *callback* once when it is readable; returns what ends the watch, or None if it
-        is readable already."""
+        is readable already. The watch is a holder."""
 
 
 class Memory(Protocol):
@@ -117,4 +128,14 @@ class Peer(Protocol):
         caller's; None if there is no such process."""
 
     def take(self, fd: int) -> Descriptor:
-        """Its open file number *fd*, O_PATH ones too; EBADF if there is none."""
+        """Its open file number *fd*, O_PATH ones too, held once.
+
+        EBADF: there is none. EMFILE: the user has too many files on their way, or waiting to be
+        closed. ENFILE, ENOMEM: nobody can have one just now.
+        """
+
+
+def release(descriptors: Iterable[Descriptor]) -> None:
+    """Release each of *descriptors*."""
+    for descriptor in descriptors:
+        descriptor.release()

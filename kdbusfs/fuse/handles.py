@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from ..abi.commands import FORMS
 from ..abi.errors import CommandError, Fault, Stalled
 from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
-from ..abi.structs import U64
+from ..abi.structs import U32, U64
 from ..bus.call import PENDING, Call
 from ..bus.connection import Delivery
 from ..bus.domain import Domain
@@ -31,6 +30,7 @@ from ..bus.endpoint import Endpoint
 from ..bus.handle import Handle
 from ..bus.node import Node
 from ..native import ffi, lib
+from ..peer.closers import CLOSERS
 from ..peer.descriptors import FileDescriptor, Watcher
 from ..peer.memory import PoolMemory
 from ..peer.process import Process
@@ -58,6 +58,7 @@ _SOCKET_HEADER = Struct("=QQ")
 """What precedes descriptors on a connection's socket: offset of the slice, how many."""
 _BY_SOCKET = frozenset({ExtensionCommand.RECV, ExtensionCommand.SEND})
 
+_collect, _collected = CLOSERS.collect, CLOSERS.collected
 _unpack_request = wire.IOCTL_REQUEST.unpack_from
 _unpack_u64 = U64.unpack_from
 _pack_out_header = wire.OUT_HEADER.pack
@@ -135,6 +136,8 @@ class Handles:
         self.reply: Buffer = b""
         """Its answer, if that is ready: the router writes it as it goes for the next request."""
         self._workers = ThreadPoolExecutor(_TRACERS, "kdbusfs-tracer")
+        # One that is there whatever comes.
+        CLOSERS.start_thread()
 
     def close(self) -> None:
         """The mount is gone: every file is closed, in the order of opening."""
@@ -165,6 +168,10 @@ class Handles:
             peer = self._peer(ids)
             has_pool = isinstance(node.subject, Endpoint)
             if has_pool and nodeid in self._open_nodeids:
+                if not U32.unpack_from(request, IN_HEADER_SIZE)[0]:
+                    # open(2) brings O_LARGEFILE at least: it is the kernel, on behalf of lsattr(1)
+                    # and others that ask for attributes, which kdbus has none of.
+                    raise CommandError(ENOTTY, "no file attributes")
                 self._warn_of_second_open(node)
                 raise CommandError(EBUSY, "an inode has one pool")
             if has_pool and peer.uid and self._n_open.get(peer.uid, 0) >= _MAX_OPEN:
@@ -243,6 +250,7 @@ class Handles:
             self._traced("IOCTL", (uid, gid, tid), ENOTTY, f"{code:#x} fh={fh}")
             return
         peer = Process(tid, uid, gid, self._watcher)
+        _collect(uid)
         call = Call(code, form, peer, address, self._complete, (file, unique))
         self._current = call
         why = None
@@ -267,7 +275,7 @@ class Handles:
                 (after,) = _unpack_u64(call.data, 16)
                 if not before and not after and self._trace is None:
                     # It failed, and return_flags is 0 as it was: not worth a write (1.3 us).
-                    self.reply = _pack_out_header(OUT_HEADER_SIZE, -error, unique)
+                    self._hand_over(call, _pack_out_header(OUT_HEADER_SIZE, -error, unique))
                     return
         connection = file.handle.connection
         if connection is not None and connection.waker is None:
@@ -292,6 +300,7 @@ class Handles:
         while self.completed:
             call = self.completed.popleft()
             handle, unique = call.origin[0].handle, call.origin[1]
+            _collect(call.peer.uid)
             try:
                 error = handle.finish(call)
             except Stalled:
@@ -321,15 +330,22 @@ class Handles:
             if not error:
                 self._deliver(call, delivery)
                 return
+            delivery.release()
         if self._stalled:
             self._stalled.discard(call.origin[1])
-        result = self._result(call, error)
-        if call is self._current:
+        self._hand_over(call, self._result(call, error))
+        if self._trace is not None:
+            self._trace.call(call, error, why)
+
+    def _hand_over(self, call: Call, result: bytes) -> None:
+        """Give *call* its answer, as soon as what it let go of is closed (`peer.closers`)."""
+        closing = _collected()
+        if closing is not None:
+            closing.when_done(lambda: self._write(result))
+        elif call is self._current:
             self.reply = result
         else:
             self._write(result)
-        if self._trace is not None:
-            self._trace.call(call, error, why)
 
     def _result(self, call: Call, error: int) -> bytes:
         """The reply to *call*; what FUSE does not carry back itself has been written."""
@@ -353,8 +369,9 @@ class Handles:
         assert connection is not None
         if call.code in _BY_SOCKET and isinstance(connection.fd_socket, FileDescriptor):
             complete = self._send_fds(connection.fd_socket, delivery)
+            delivery.release()
             self._put_return_flags(call, 0 if complete and delivery.accepted else _INCOMPLETE)
-            self._write(self._result(call, 0))
+            self._hand_over(call, self._result(call, 0))
             if self._trace is not None:
                 self._trace.call(call, 0)
         else:
@@ -369,14 +386,11 @@ class Handles:
         if not fds:
             return True
         header = _SOCKET_HEADER.pack(delivery.slice.offset, len(fds))
-        ours = socket.socket(fileno=os.dup(to.fd))
         try:
-            socket.send_fds(ours, [header], fds, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            to.send(header, fds)
         except OSError as error:
             log.debug("descriptors not sent: %s", error)
             return False
-        finally:
-            ours.close()
         return True
 
     def _put_return_flags(self, call: Call, flags: int) -> None:
@@ -385,6 +399,7 @@ class Handles:
 
     def _install(self, call: Call, delivery: Delivery, reply: bytes) -> None:
         """In a worker: answer the call and put descriptors into its caller's table."""
+        _collect(call.peer.uid)
         fds = [d.fd for d in delivery.descriptors if isinstance(d, FileDescriptor)]
         numbers = ffi.new("int32_t[]", [-1] * max(len(fds), 1))
         state = ffi.new("struct kdbusfs_install *")
@@ -401,6 +416,8 @@ class Handles:
         )
         if error:
             log.debug("descriptors not installed in %d: %s", call.peer.tid, os.strerror(-error))
+            delivery.release()
+            self._wait_for_closing()
             self._write(reply)
         elif state.held:
             try:
@@ -408,10 +425,21 @@ class Handles:
                 if not flags:
                     at = call.address + call.store[1] - 8
                     lib.kdbusfs_vm_write_held(call.peer.tid, at, bytes(8), 8)
+                delivery.release()
+                self._wait_for_closing()
             finally:
                 lib.kdbusfs_install_end(state)
+        else:
+            delivery.release()
         if self._trace is not None:
             self._trace.call(call, 0)
+
+    @staticmethod
+    def _wait_for_closing() -> None:
+        """In a worker: wait for what this thread let go of."""
+        closing = _collected()
+        if closing is not None:
+            closing.wait()
 
     # --- signals
 

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from ..abi.errors import CommandError
 from ..abi.items import Buffer
 from ..abi.structs import U32
 from ..bus.domain import Domain
@@ -132,7 +133,12 @@ class Router:
 
     def _is_blocked(self) -> bool:
         """Whether the router's thread sleeps, as opposed to waiting for its turn on a busy CPU."""
-        return not Status(self._tid).field(b"State").strip().startswith(b"R")
+        try:
+            status = Status(self._tid)
+        except CommandError:
+            # No descriptor to look with: what can't be told does not hold up the others.
+            return True
+        return not status.field(b"State").strip().startswith(b"R")
 
     def _take_over(self) -> None:
         """The router's thread is stuck in a caller's memory: have another go on, in its turn."""

@@ -35,34 +35,32 @@ class Watches:
         os.eventfd_write(self._wakeup, 1)
 
     def watch(self, fd: int, callback: Callable[[], None]) -> Callable[[], None] | None:
-        """A `peer.descriptors.Watcher`. The same file may be watched many times."""
-        copy = os.dup(fd)
+        """A `peer.descriptors.Watcher`. The same file may be watched under many numbers."""
         try:
-            self._epoll.register(copy, select.EPOLLIN)
+            self._epoll.register(fd, select.EPOLLIN)
         except OSError:
-            os.close(copy)
             return None
-        self._callbacks[copy] = callback
+        self._callbacks[fd] = callback
         self._update()
 
         def unwatch() -> None:
-            if self._callbacks.pop(copy, None) is not None:
-                self._epoll.unregister(copy)
-                os.close(copy)
+            if self._callbacks.get(fd) is callback:
+                del self._callbacks[fd]
+                self._epoll.unregister(fd)
                 self._update()
 
         return unwatch
 
     def dispatch(self) -> None:
         """Call back for everything that is readable."""
-        for fd, _ in self._epoll.poll(0):
+        ready = [(fd, self._callbacks.get(fd)) for fd, _ in self._epoll.poll(0)]
+        for fd, callback in ready:
             if fd == self._wakeup:
                 os.eventfd_read(fd)
-            elif (callback := self._callbacks.get(fd)) is not None:
+            elif callback is not None and self._callbacks.get(fd) is callback:
+                # Else what went before has ended the watch, and the number may be another's.
                 callback()
 
     def close(self) -> None:
-        for fd in self._callbacks:
-            os.close(fd)
         os.close(self._wakeup)
         self._epoll.close()

@@ -3,33 +3,32 @@
 
 What a caller hands over may be served by anybody, even by this very daemon, so the thread that
 runs the bus must never make a call that asks the file's server: no fstat, poll or read on it, and
-no close, which may flush. Type and device are looked up without asking; closing is left to other
-threads unless the file is known to be harmless.
+no close, which may flush. Type and device are looked up without asking; what is known to be
+harmless is closed at once, all else by other threads (`closers`).
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import socket
 import stat
-import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from errno import EBADF, EINVAL, EMEDIUMTYPE, EMFILE, ETXTBSY
-from queue import Empty, SimpleQueue
 from struct import Struct
 
 from ..abi.errors import CommandError
 from ..native import ffi, lib
+from .closers import CLOSERS
+from .table import TABLE, check_exhausted
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _O_PATH = os.O_PATH
+_SO_DOMAIN = 39
 _UCRED = Struct("=iII")
 """struct ucred (unix(7)): pid, uid, gid."""
-
 
 _ours: set[tuple[int, int]] = set()
 """Devices of our own mounts, which may be bound where our mount table does not show them."""
@@ -44,93 +43,66 @@ def is_kdbusfs_device(device: tuple[int, int]) -> bool:
     """Whether *device* (major, minor) is a kdbusfs mount, of this daemon or another one.
 
     FUSE mounts have anonymous devices (major 0); which they are is read from our mount table,
-    and nothing that may block is asked.
+    and nothing that may block is asked. Paths in it are bytes of anybody's choice.
     """
     if device in _ours:
         return True
     if device[0]:
         return False
-    with open("/proc/self/mountinfo") as file:
-        for line in file:
-            fields = line.split()
-            if fields[2] == f"{device[0]}:{device[1]}":
-                return fields[fields.index("-") + 1] == "fuse.kdbusfs"
+    wanted = b"0:%d" % device[1]
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            for line in file:
+                mount, _, filesystem = line.partition(b" - ")
+                if mount.split(b" ", 3)[2] == wanted:
+                    return filesystem.startswith(b"fuse.kdbusfs ")
+    except OSError as error:
+        check_exhausted(error.errno)
+        raise CommandError(EBADF, f"the mount table can't be read: {error}") from None
     return False
 
 
-class _Closers:
-    """Closes descriptors in threads that may block for as long as they like.
-
-    Each user has one: a file whose server never answers holds up only what else the same user
-    handed over. A thread ends when it was idle for a while.
-    """
-
-    _MAX_THREADS = 256
-    _IDLE_SECONDS = 5.0
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._queues: dict[int, SimpleQueue[int]] = {}
-
-    def n_waiting(self, uid: int) -> int:
-        """How many descriptors of a user wait to be closed."""
-        queue = self._queues.get(uid)
-        return queue.qsize() if queue is not None else 0
-
-    def close(self, fd: int, uid: int) -> None:
-        with self._lock:
-            queue = self._queues.get(uid)
-            if queue is None and len(self._queues) >= self._MAX_THREADS:
-                queue = min(self._queues.values(), key=SimpleQueue.qsize)
-            if queue is not None:
-                queue.put(fd)
-                return
-            queue = self._queues[uid] = SimpleQueue()
-            queue.put(fd)
-        name = f"kdbusfs-close-{uid}"
-        threading.Thread(target=self._run, args=(uid, queue), name=name, daemon=True).start()
-
-    def _run(self, uid: int, queue: SimpleQueue[int]) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        while True:
-            try:
-                fd = queue.get(timeout=self._IDLE_SECONDS)
-            except Empty:
-                with self._lock:
-                    if queue.empty():
-                        del self._queues[uid]
-                        return
-            else:
-                with suppress(OSError):
-                    # What the close reports (a full disk) is the sender's, not ours.
-                    os.close(fd)
-
-
-_closers = _Closers()
-
-_MAX_WAITING = 2048
+MAX_WAITING = 2048
 """Descriptors of one user that may wait to be closed before no more are taken. A user whose 1,024
 connections end at once has as many sockets to be closed, and is in no way malicious."""
 _SMALL = 1 << 20
 """A memfd up to this size is freed in no time."""
+_N_DRAINED = 1024
+"""Packets that can lie in a socket's queue (net.unix.max_dgram_qlen), and more than that."""
+_HARMLESS = frozenset(
+    f"anon_inode:[{kind}]" for kind in ("eventfd", "pidfd", "timerfd", "signalfd")
+)
+"""What has no server and holds nothing."""
 
 Watcher = Callable[[int, Callable[[], None]], Callable[[], None] | None]
-"""Calls back when a descriptor is readable; returns what ends the watch, None if that can't be."""
+"""Calls back when a descriptor is readable; returns what ends the watch, None if that can't be.
+The descriptor stays open for so long."""
+
+_holders_lock = threading.Lock()
+
+
+def charge(uid: int) -> None:
+    """Let user *uid* have one more descriptor in the daemon. EMFILE: its share is used up, or so
+    many wait to be closed that it looks like malice. `FileDescriptor` gives it back."""
+    if CLOSERS.n_waiting(uid) > MAX_WAITING:
+        raise CommandError(EMFILE, f"descriptors of {uid} can't be closed")
+    TABLE.charge(uid)
 
 
 class FileDescriptor:
-    """One open file of a caller, under a number of ours; closed with its last reference.
+    """One open file of a caller, under a number *fd* of ours that user *uid* was charged for: the
+    real `bus.peer.Descriptor`. It is closed when its last holder releases it; what nobody released
+    is closed with its last reference."""
 
-    *uid* is whose it was. EMFILE: so many of that user's wait to be closed that it looks like
-    malice.
-    """
-
-    __slots__ = ("_device", "_flags", "_harmless", "_mode", "_uid", "_watcher", "fd")
+    __slots__ = ("_device", "_flags", "_holders", "_in_memory", "_mode", "_uid", "_watcher", "fd")
 
     def __init__(self, fd: int, watcher: Watcher, uid: int) -> None:
         self.fd = fd
+        self._holders = 1
         self._watcher = watcher
         self._uid = uid
+        self._in_memory = False
+        """Whether it has turned out to be a memfd of no great size."""
         self._flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         fields = ffi.new("uint32_t[3]")
         if lib.kdbusfs_stat(fd, fields, fields + 1, fields + 2) < 0:
@@ -138,53 +110,146 @@ class FileDescriptor:
             fields[0] = stat.S_IFREG
         self._mode = int(fields[0])
         self._device = (int(fields[1]), int(fields[2]))
-        self._harmless = stat.S_ISFIFO(self._mode)
-        """Whether closing it can't wait: a socket may linger (SO_LINGER), a file has a server."""
-        if not self._harmless and _closers.n_waiting(uid) > _MAX_WAITING:
-            raise CommandError(EMFILE, f"descriptors of {uid} can't be closed")
+
+    # --- how long it is open
+
+    def hold(self) -> None:
+        with _holders_lock:
+            self._holders += 1
+
+    def release(self) -> None:
+        with _holders_lock:
+            self._holders -= 1
+            if self._holders:
+                return
+        self._close()
+
+    def _close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd < 0:
+            return
+        uid = self._uid
+
+        def close() -> None:
+            try:
+                os.close(fd)
+            finally:
+                TABLE.discharge(uid)
+
+        if self._is_harmless(fd):
+            with suppress(OSError):
+                close()
+        else:
+            CLOSERS.submit(uid, close)
 
     def __del__(self) -> None:
-        fd, self.fd = self.fd, -1
-        if getattr(self, "_harmless", False):
-            os.close(fd)
-        elif not sys.is_finalizing():
-            # Else no thread can be started any more, and the end of the process closes it.
-            _closers.close(fd, self._uid)
+        if getattr(self, "fd", -1) >= 0:
+            self._close()
+
+    def _is_harmless(self, fd: int) -> bool:
+        """Whether closing it can't wait: a socket may linger (SO_LINGER), a file has a server."""
+        mode = stat.S_IFMT(self._mode)
+        if mode == stat.S_IFIFO or self._in_memory:
+            return True
+        if self.is_path():
+            # It may be the last that keeps a file system mounted.
+            return False
+        if self._device in _ours:
+            # We ask for no FLUSH, and RELEASE is sent without waiting for it.
+            return True
+        return not mode and self._link() in _HARMLESS
+
+    # --- what it is
 
     def is_path(self) -> bool:
         return bool(self._flags & _O_PATH)
 
-    def is_kdbus(self) -> bool:
-        return stat.S_ISREG(self._mode) and is_kdbusfs_device(self._device)
+    def can_hold_files(self) -> bool:
+        mode = stat.S_IFMT(self._mode)
+        if mode == stat.S_IFREG:
+            return is_kdbusfs_device(self._device)
+        if mode == stat.S_IFSOCK:
+            with self._socket() as ours:
+                return ours.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN) == socket.AF_UNIX
+        return not mode and self._link() == "anon_inode:[io_uring]"
 
-    def is_unix_socket(self) -> bool:
+    def _link(self) -> str:
+        """What the kernel calls it; an absolute path if it has one."""
+        try:
+            return os.readlink(f"/proc/self/fd/{self.fd}")
+        except OSError as error:
+            check_exhausted(error.errno)
+            return ""
+
+    @contextmanager
+    def _socket(self) -> Iterator[socket.socket]:
+        """The socket it is, whatever its family, for a few calls."""
+        ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=self.fd)
+        try:
+            yield ours
+        finally:
+            ours.detach()
+
+    # --- the socket for descriptors
+
+    def become_channel(self) -> None:
+        # An AF_UNIX socket that somebody else listens on would take what we send for words of
+        # the daemon's own user: so a pair made by the caller it must be, or at least its own peer.
+        if self.is_path():
+            raise CommandError(EBADF, "O_PATH descriptor")
         if not stat.S_ISSOCK(self._mode):
-            return False
-        with socket.socket(fileno=os.dup(self.fd)) as ours:
-            return ours.family == socket.AF_UNIX
+            raise CommandError(EINVAL, "no socket")
+        try:
+            with self._socket() as ours:
+                if not self._is_own_peer(ours):
+                    raise CommandError(EINVAL, "no AF_UNIX socket to the caller itself")
+                # A connection that lies in the queue of its own socket would never end, since
+                # nobody but us holds that socket any more.
+                ours.shutdown(socket.SHUT_RD)
+        except OSError as error:
+            raise CommandError(EINVAL, f"no such socket: {error}") from None
+        self.hold()
+        CLOSERS.submit(self._uid, self._drain)
 
-    def is_own_channel(self) -> bool:
-        """An AF_UNIX socket that somebody else listens on would take what we send for words of
-        the daemon's own user: so a pair made by the caller it must be, or at least its own peer.
-        """
-        if not self.is_unix_socket():
+    def _is_own_peer(self, ours: socket.socket) -> bool:
+        option = ours.getsockopt
+        if option(socket.SOL_SOCKET, _SO_DOMAIN) != socket.AF_UNIX:
             return False
-        with socket.socket(fileno=os.dup(self.fd)) as ours:
-            credentials = ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-            _, uid, _ = _UCRED.unpack(credentials)
-            return ours.type == socket.SOCK_SEQPACKET and uid == self._uid
+        if option(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_SEQPACKET:
+            return False
+        credentials = option(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return int(_UCRED.unpack(credentials)[1]) == self._uid
+
+    def _drain(self) -> None:
+        """Drop what was sent before. Empty packets look like the end, so it is asked often."""
+        try:
+            with self._socket() as ours:
+                for _ in range(_N_DRAINED):
+                    ours.recv(1, socket.MSG_DONTWAIT)
+        finally:
+            self.release()
+
+    def send(self, data: bytes, descriptors: list[int]) -> None:
+        """Send *descriptors* over this channel; OSError if it does not take them now."""
+        with self._socket() as ours:
+            flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+            socket.send_fds(ours, [data], descriptors, flags)
+
+    # --- memfds
 
     def sealed_size(self) -> int:
         try:
             seals = fcntl.fcntl(self.fd, fcntl.F_GET_SEALS)
         except OSError:
             raise CommandError(EMEDIUMTYPE, "no memfd") from None
-        if seals & _SEALS != _SEALS:
-            raise CommandError(ETXTBSY, f"memfd with seals {seals:#x}")
         # A file that knows seals is in memory: nobody has to be asked.
         size = os.fstat(self.fd).st_size
-        self._harmless = size <= _SMALL
+        self._in_memory = size <= _SMALL
+        if seals & _SEALS != _SEALS:
+            raise CommandError(ETXTBSY, f"memfd with seals {seals:#x}")
         return size
+
+    # --- cancel descriptors
 
     def check_pollable(self) -> None:
         if self.is_path():
@@ -193,9 +258,17 @@ class FileDescriptor:
             return
         # Others may be served by anybody, and poll asks their server. What is left has no type:
         # eventfd and its like. An epoll instance is one, too, and asks all that it watches.
-        link = os.readlink(f"/proc/self/fd/{self.fd}")
-        if stat.S_IFMT(self._mode) or link == "anon_inode:[eventpoll]":
+        if stat.S_IFMT(self._mode) or self._link() in ("", "anon_inode:[eventpoll]"):
             raise CommandError(EINVAL, "cancel descriptor can't be polled")
 
     def watch(self, callback: Callable[[], None]) -> Callable[[], None] | None:
-        return self._watcher(self.fd, callback)
+        unwatch = self._watcher(self.fd, callback)
+        if unwatch is None:
+            return None
+        self.hold()
+
+        def end() -> None:
+            unwatch()
+            self.release()
+
+        return end

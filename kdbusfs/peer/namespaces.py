@@ -12,16 +12,19 @@ import fcntl
 import os
 import struct
 from errno import EPERM, ESRCH
+from typing import NoReturn
 from weakref import WeakValueDictionary
 
 from ..abi.errors import CommandError
 from ..bus.metadata import PidNamespace, Ranges, UserNamespace
 from . import procfs
+from .table import TABLE, check_exhausted
 
 _NS_GET_PARENT = 0xB702
 _NS_GET_OWNER_UID = 0xB704
 _NS_GET_PID_FROM_PIDNS = 0x8004B706
 """Linux 6.11: what is our number of a thread that has a given one in a PID namespace."""
+_LARGEST_PID = 0x7FFFFFFF
 
 
 def _inode(path: str) -> int:
@@ -32,8 +35,9 @@ def _inode(path: str) -> int:
 def _hidepid_group() -> int | None:
     """Who may see foreign processes in our /proc (proc(5), hidepid and gid); None: everybody."""
     group = None
-    with open("/proc/self/mountinfo") as file:
-        for fields in map(str.split, file):
+    # Paths in it are bytes of anybody's choice.
+    with open("/proc/self/mountinfo", encoding="latin-1", newline="\n") as file:
+        for fields in (line.rstrip("\n").split(" ") for line in file):
             if fields[4] != "/proc":
                 continue
             # The last one is on top.
@@ -55,13 +59,25 @@ _pids: WeakValueDictionary[int, PidNamespace] = WeakValueDictionary()
 
 
 class _Pin:
-    """An open namespace, which keeps its number for so long."""
+    """An open file of a thread's in /proc, for which user *uid* is charged: a namespace, which
+    keeps its number for so long, or a map of one."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, tid: int, name: str, uid: int) -> None:
+        self.fd = -1
+        self._uid = uid
+        TABLE.charge(uid)
+        try:
+            self.fd = os.open(f"/proc/{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            TABLE.discharge(uid)
+            check_exhausted(error.errno)
+            # Nobody can say then what the thread may do.
+            raise CommandError(EPERM, f"the {name} of {tid} can't be told") from None
 
     def __del__(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            TABLE.discharge(self._uid)
 
 
 class _Maps:
@@ -71,9 +87,9 @@ class _Maps:
     when nobody is left in it, and keep it.
     """
 
-    def __init__(self, tid: int) -> None:
-        self._uid_map = _Pin(os.open(f"/proc/{tid}/uid_map", os.O_RDONLY | os.O_CLOEXEC))
-        self._gid_map = _Pin(os.open(f"/proc/{tid}/gid_map", os.O_RDONLY | os.O_CLOEXEC))
+    def __init__(self, tid: int, uid: int) -> None:
+        self._uid_map = _Pin(tid, "uid_map", uid)
+        self._gid_map = _Pin(tid, "gid_map", uid)
 
     def __call__(self) -> tuple[Ranges, Ranges]:
         return _read_map(self._uid_map.fd), _read_map(self._gid_map.fd)
@@ -81,10 +97,15 @@ class _Maps:
 
 def _read_map(fd: int) -> Ranges:
     ranges = []
-    for line in os.pread(fd, 65536, 0).splitlines():
-        inside, outside, count = map(int, line.split())
-        if outside != 0xFFFFFFFF:
-            ranges.append((inside, outside, count))
+    try:
+        text = os.pread(fd, 65536, 0)
+    except OSError as error:
+        check_exhausted(error.errno)
+        return ()
+    for line in text.splitlines():
+        numbers = procfs.numbers(line)
+        if len(numbers) == 3 and numbers[1] != 0xFFFFFFFF:
+            ranges.append((numbers[0], numbers[1], numbers[2]))
     return tuple(ranges)
 
 
@@ -92,7 +113,7 @@ def _ancestry(fd: int, own: int, owners: bool) -> tuple[list[tuple[int, int]], b
     """(inode, owner uid) of the namespace *fd* and those above it, up to, without, *own*; and
     whether that is above them."""
     found: list[tuple[int, int]] = []
-    fd = os.dup(fd)
+    ours = -1
     while True:
         try:
             inode = os.fstat(fd).st_ino
@@ -105,48 +126,59 @@ def _ancestry(fd: int, own: int, owners: bool) -> tuple[list[tuple[int, int]], b
                 (owner,) = struct.unpack("=I", buffer)
             found.append((inode, owner))
             parent = fcntl.ioctl(fd, _NS_GET_PARENT)
-        except OSError:
+        except OSError as error:
+            check_exhausted(error.errno)
             return found, False
         finally:
-            os.close(fd)
-        fd = parent
+            if ours >= 0:
+                os.close(ours)
+        fd = ours = parent
 
 
-def _open(tid: int, name: str) -> _Pin:
-    """A namespace of a thread. EPERM: then nobody can say what the thread may do."""
-    try:
-        return _Pin(os.open(f"/proc/{tid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC))
-    except OSError:
-        raise CommandError(EPERM, f"the {name} namespace of {tid} can't be told") from None
-
-
-def user_namespace(tid: int) -> UserNamespace:
-    """The user namespace of a thread."""
+def user_namespace(tid: int, uid: int) -> UserNamespace:
+    """The user namespace of a thread, for what *uid* is charged. EPERM: it can't be told."""
     if procfs.readlink(tid, "ns/user") == _OWN_USER_LINK:
         return OWN_USER
-    pin = _open(tid, "user")
-    known = _users.get(os.fstat(pin.fd).st_ino)
+    pin = _Pin(tid, "ns/user", uid)
+    known = _users.get(_inode_of(pin))
     if known is not None:
         return known
     chain, is_below = _ancestry(pin.fd, OWN_USER.id, owners=True)
+    if not chain:
+        return OWN_USER if is_below else _untold(tid)
     namespace = OWN_USER if is_below else _OUTSIDE
     for inode, owner in reversed(chain[1:]):
         namespace = UserNamespace(inode, namespace, owner)
     inode, owner = chain[0]
-    namespace = UserNamespace(inode, namespace, owner, read_maps=_Maps(tid))
+    namespace = UserNamespace(inode, namespace, owner, read_maps=_Maps(tid, uid))
     _users[inode] = namespace
     return namespace
 
 
-def pid_namespace(tid: int) -> PidNamespace:
-    """The PID namespace that a thread is in (not the one its children will be in)."""
+def _inode_of(pin: _Pin) -> int:
+    try:
+        return os.fstat(pin.fd).st_ino
+    except OSError as error:
+        check_exhausted(error.errno)
+        raise CommandError(EPERM, f"a namespace can't be told: {error}") from None
+
+
+def _untold(tid: int) -> NoReturn:
+    raise CommandError(EPERM, f"the namespaces of {tid} can't be told")
+
+
+def pid_namespace(tid: int, uid: int) -> PidNamespace:
+    """The PID namespace that a thread is in (not the one its children will be in), for which *uid*
+    is charged. EPERM: it can't be told."""
     if procfs.readlink(tid, "ns/pid") == _OWN_PID_LINK:
         return OWN_PID
-    pin = _open(tid, "pid")
-    known = _pids.get(os.fstat(pin.fd).st_ino)
+    pin = _Pin(tid, "ns/pid", uid)
+    known = _pids.get(_inode_of(pin))
     if known is not None:
         return known
-    chain, _ = _ancestry(pin.fd, OWN_PID.id, owners=False)
+    chain, is_own = _ancestry(pin.fd, OWN_PID.id, owners=False)
+    if not chain:
+        return OWN_PID if is_own else _untold(tid)
     inodes = (OWN_PID.id, *(inode for inode, _ in reversed(chain)))
     namespace = PidNamespace(inodes, pin=pin)
     _pids[namespace.id] = namespace
@@ -158,6 +190,8 @@ def own_number(number: int, namespace: PidNamespace) -> int:
     ENOTTY where the kernel can't tell."""
     pin = namespace.pin
     assert isinstance(pin, _Pin), "of our own namespace, or one made by hand"
+    if number > _LARGEST_PID:
+        return 0
     try:
         return fcntl.ioctl(pin.fd, _NS_GET_PID_FROM_PIDNS, number)
     except OSError as error:

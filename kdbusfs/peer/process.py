@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Sequence
-from errno import EBADF, EPERM
+from errno import EBADF, EINVAL, EPERM
 
 from ..abi.errors import CommandError
 from ..abi.items import Buffer
@@ -15,10 +15,11 @@ from ..bus.metadata import Facts, PidNamespace
 from ..bus.peer import Credentials, Memory
 from ..native import ffi, lib
 from . import procfs
-from .descriptors import FileDescriptor, Watcher
+from .descriptors import FileDescriptor, Watcher, charge
 from .memory import PoolMemory
 from .namespaces import OWN_USER, own_number, pid_namespace, user_namespace
 from .procfs import CAP_IPC_OWNER, Status
+from .table import TABLE, check_exhausted
 from .turn import Operation, fail
 
 _STATUS = int(
@@ -108,7 +109,7 @@ class Process:
 
     def credentials(self) -> Credentials:
         status = self.status
-        users = user_namespace(self.tid)
+        users = user_namespace(self.tid, self.uid)
         uids, gids = status.uids(), status.gids()
         if uids[3] != self.uid or gids[3] != self.gid:
             # The call is made with other credentials than the thread's own (io_uring's
@@ -126,7 +127,7 @@ class Process:
         )
 
     def pid_namespace(self) -> PidNamespace:
-        return pid_namespace(self.tid)
+        return pid_namespace(self.tid, self.uid)
 
     def root(self) -> object:
         """Mount and directory that `/` is for it, None if that can't be told.
@@ -135,12 +136,17 @@ class Process:
         """
         try:
             fd = os.open(f"/proc/{self.tid}/root", os.O_PATH | os.O_CLOEXEC)
-        except OSError:
+        except OSError as error:
+            check_exhausted(error.errno)
             return None
         try:
-            with open(f"/proc/self/fdinfo/{fd}") as file:
-                known = [line for line in file if line.startswith(("mnt_id", "ino"))]
-            return (*known, os.readlink(f"/proc/self/fd/{fd}"))
+            with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+                known = [line for line in file if line.startswith((b"mnt_id", b"ino"))]
+            # The path may be longer than any buffer for one: ENAMETOOLONG.
+            return (*known, os.readlink(b"/proc/self/fd/%d" % fd))
+        except OSError as error:
+            check_exhausted(error.errno)
+            return None
         finally:
             os.close(fd)
 
@@ -151,7 +157,7 @@ class Process:
         try:
             own = own_number(pid, namespace)
         except OSError:
-            return _search_process(pid, namespace)
+            return _search_process(pid, namespace, self.uid)
         return Status(own).numbers(b"NSpid") or None if own else None
 
     def gather(self, facts: Facts, kinds: int) -> None:
@@ -164,7 +170,7 @@ class Process:
         if kinds & AttachFlag.TID_COMM:
             facts.tid_comm = procfs.comm(tid)
         if kinds & AttachFlag.PID_COMM:
-            facts.pid_comm = procfs.comm(self.status.numbers(b"Tgid")[0])
+            facts.pid_comm = procfs.comm(self.status.process())
         if kinds & AttachFlag.EXE:
             facts.exe = procfs.readlink(tid, "exe")
         if kinds & AttachFlag.CMDLINE:
@@ -185,44 +191,75 @@ class Process:
         if kinds & AttachFlag.AUXGROUPS:
             facts.groups = status.groups()
         if kinds & AttachFlag.PIDS:
-            thread = status.numbers(b"NSpid") or status.numbers(b"Pid")
-            parent = status.numbers(b"PPid")
-            facts.pid_namespace = None
-            if len(thread) > 1:
-                facts.pid_namespace = pid_namespace(self.tid)
-                if parent[0]:
-                    parent = Status(parent[0]).numbers(b"NSpid") or parent
-            group = status.numbers(b"NStgid") or status.numbers(b"Tgid")
-            facts.pids = (group, thread, parent)
+            self._gather_pids(facts)
         if kinds & AttachFlag.CAPS:
             facts.caps = status.capabilities()
-            facts.user_namespace = user_namespace(self.tid)
+            facts.user_namespace = user_namespace(self.tid, self.uid)
+
+    def _gather_pids(self, facts: Facts) -> None:
+        status = self.status
+        thread = status.numbers(b"NSpid") or status.numbers(b"Pid")
+        group = status.numbers(b"NStgid") or status.numbers(b"Tgid")
+        parent = status.numbers(b"PPid")
+        if not thread or len(group) != len(thread) or len(parent) != 1:
+            return
+        facts.pid_namespace = None
+        if len(thread) > 1:
+            facts.pid_namespace = pid_namespace(self.tid, self.uid)
+            if parent[0]:
+                parent = Status(parent[0]).numbers(b"NSpid") or parent
+        facts.pids = (group, thread, parent)
 
     # --- descriptors
 
     def take(self, fd: int) -> FileDescriptor:
-        pidfd = lib.kdbusfs_pidfd_open(self.tid)
-        if pidfd < 0:
-            # Before Linux 6.9 a pidfd is of a process; its threads share the table all but always.
-            pidfd = lib.kdbusfs_pidfd_open_process(self.status.numbers(b"Tgid")[0])
+        charge(self.uid)
         try:
-            taken = lib.kdbusfs_pidfd_getfd(pidfd, fd) if pidfd >= 0 else pidfd
+            taken = self._take(fd)
+        except BaseException:
+            TABLE.discharge(self.uid)
+            raise
+        return FileDescriptor(taken, self._watcher, self.uid)
+
+    def _take(self, fd: int) -> int:
+        pidfd = lib.kdbusfs_pidfd_open(self.tid)
+        if pidfd == -EINVAL:
+            # Before Linux 6.9 a pidfd is of a process; its threads share the table all but always.
+            pidfd = lib.kdbusfs_pidfd_open_process(self.status.process())
+        try:
+            taken: int = lib.kdbusfs_pidfd_getfd(pidfd, fd) if pidfd >= 0 else pidfd
         finally:
             if pidfd >= 0:
                 os.close(pidfd)
         if taken < 0:
+            check_exhausted(-taken)
             raise CommandError(EBADF, f"descriptor {fd} is not open")
-        return FileDescriptor(taken, self._watcher, self.uid)
+        return taken
 
 
-def _search_process(pid: int, namespace: PidNamespace) -> tuple[int, ...] | None:
-    """`find_process` before Linux 6.11: inner numbers can only be searched for."""
-    level = namespace.level
-    for entry in os.listdir("/proc"):
+def _search_process(pid: int, namespace: PidNamespace, uid: int) -> tuple[int, ...] | None:
+    """`find_process` before Linux 6.11, for user *uid*: inner numbers can only be searched for."""
+    try:
+        entries = os.listdir("/proc")
+    except OSError as error:
+        check_exhausted(error.errno)
+        return None
+    for entry in entries:
         if entry.isdigit():
             numbers = Status(int(entry)).numbers(b"NSpid")
-            if len(numbers) > level and numbers[level] == pid:
-                home = pid_namespace(int(entry))
-                if home.level >= level and home.chain[level] == namespace.id:
-                    return numbers
+            has_number = len(numbers) > namespace.level and numbers[namespace.level] == pid
+            if has_number and _is_in(int(entry), namespace, uid):
+                return numbers
     return None
+
+
+def _is_in(tid: int, namespace: PidNamespace, uid: int) -> bool:
+    level = namespace.level
+    try:
+        home = pid_namespace(tid, uid)
+    except CommandError as error:
+        if error.errno != EPERM:
+            raise
+        # It has ended meanwhile.
+        return False
+    return home.level >= level and home.chain[level] == namespace.id

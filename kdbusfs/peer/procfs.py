@@ -1,33 +1,44 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading /proc/<tid> (proc(5)) of a thread that is held in its call.
 
-Every reader returns None, or leaves something out, where the kernel has nothing to show.
+Every reader returns None, or leaves something out, where the kernel has nothing to show or shows
+what nobody expects: what stands there is partly up to the caller. Only where the daemon itself is
+short of descriptors or memory does a reader fail, with ENFILE or ENOMEM: what is missing then must
+not be taken for something that is not there.
 """
 
 from __future__ import annotations
 
 import os
+from errno import EPERM
 
+from ..abi.errors import CommandError
 from ..bus.metadata import Capabilities
+from .table import check_exhausted
 
 CAP_IPC_OWNER = 15
+_LARGEST = 1 << 22
+"""More of a file is not read: far more than 65,536 groups take."""
+_LAST_CAPABILITY = "/proc/sys/kernel/cap_last_cap"
 
 
 def read(tid: int, name: str, limit: int = 0) -> bytes | None:
     """The whole of /proc/<tid>/<name>, or its first *limit* bytes; None if it can't be read."""
     try:
         fd = os.open(f"/proc/{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        check_exhausted(error.errno)
         return None
     try:
         if limit:
             return os.read(fd, limit)
         data = os.read(fd, 65536)
         # A file that fills the buffer is rare (AUXGROUPS of 64k groups).
-        while len(data) % 65536 == 0 and (more := os.read(fd, 65536)):
+        while len(data) % 65536 == 0 and len(data) < _LARGEST and (more := os.read(fd, 65536)):
             data += more
         return data
-    except OSError:
+    except OSError as error:
+        check_exhausted(error.errno)
         return None
     finally:
         os.close(fd)
@@ -37,7 +48,24 @@ def readlink(tid: int, name: str) -> bytes | None:
     """Where the link /proc/<tid>/<name> leads, or None."""
     try:
         return os.readlink(b"/proc/%d/%b" % (tid, name.encode()))
-    except OSError:
+    except OSError as error:
+        check_exhausted(error.errno)
+        return None
+
+
+def numbers(text: bytes) -> tuple[int, ...]:
+    """The numbers that *text* consists of, none if it is anything else: each fits into 32 bits."""
+    words = text.split()
+    if not all(word.isdigit() and len(word) <= 10 for word in words):
+        return ()
+    found = tuple(map(int, words))
+    return found if all(n <= 0xFFFFFFFF for n in found) else ()
+
+
+def _hexadecimal(text: bytes) -> int | None:
+    try:
+        return int(text, 16) if len(text) < 32 else None
+    except ValueError:
         return None
 
 
@@ -60,38 +88,63 @@ class Status:
         return self._text[start : self._text.find(b"\n", start)]
 
     def numbers(self, name: bytes) -> tuple[int, ...]:
-        return tuple(map(int, self.field(name).split()))
+        """The numbers in one line; none if it is missing, or holds anything else."""
+        return numbers(self.field(name))
+
+    def _ids(self, name: bytes) -> tuple[int, ...]:
+        ids = self.numbers(name)
+        if len(ids) != 4:
+            raise CommandError(EPERM, f"no {name.decode()} in /proc")
+        return ids
 
     def uids(self) -> tuple[int, ...]:
-        """real, effective, saved, filesystem"""
-        return self.numbers(b"Uid")
+        """real, effective, saved, filesystem; EPERM if that can't be told"""
+        return self._ids(b"Uid")
 
     def gids(self) -> tuple[int, ...]:
-        return self.numbers(b"Gid")
+        return self._ids(b"Gid")
+
+    def process(self) -> int:
+        """The process that the thread is of; EPERM if that can't be told."""
+        found = self.numbers(b"Tgid")
+        if len(found) != 1:
+            raise CommandError(EPERM, "no Tgid in /proc")
+        return found[0]
 
     def groups(self) -> tuple[int, ...]:
         return self.numbers(b"Groups")
 
     def has_capability(self, capability: int) -> bool:
         """Whether it is in the effective set."""
-        return bool(int(self.field(b"CapEff") or b"0", 16) >> capability & 1)
+        return bool((_hexadecimal(self.field(b"CapEff")) or 0) >> capability & 1)
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Capabilities | None:
+        """All sets, None if one can't be told."""
         last = last_capability()
-        mask = (1 << (last + 1)) - 1
         names = (b"CapInh", b"CapPrm", b"CapEff", b"CapBnd")
-        return Capabilities(last, *(int(self.field(name), 16) & mask for name in names))
+        sets = [_hexadecimal(self.field(name)) for name in names]
+        known = [one for one in sets if one is not None]
+        if last is None or len(known) < len(names):
+            return None
+        mask = (1 << (last + 1)) - 1
+        return Capabilities(last, *(one & mask for one in known))
 
 
-_last_capability = -1
+_last_capability: int | None = None
 
 
-def last_capability() -> int:
-    """The highest capability the kernel knows."""
+def last_capability() -> int | None:
+    """The highest capability the kernel knows, None if it does not say."""
     global _last_capability
-    if _last_capability < 0:
-        with open("/proc/sys/kernel/cap_last_cap") as file:
-            _last_capability = int(file.read())
+    if _last_capability is None:
+        try:
+            with open(_LAST_CAPABILITY, "rb") as file:
+                found = numbers(file.read(64))
+        except OSError as error:
+            check_exhausted(error.errno)
+            return None
+        if len(found) == 1 and found[0] < 64:
+            _last_capability = found[0]
     return _last_capability
 
 
@@ -118,20 +171,25 @@ def cgroup(tid: int) -> bytes | None:
     best: tuple[int, bytes] | None = None
     unified: bytes | None = None
     for line in (read(tid, "cgroup") or b"").splitlines():
-        id_, _, path = line.split(b":", 2)
-        if id_ == b"0":
+        id_, _, rest = line.partition(b":")
+        _, colon, path = rest.partition(b":")
+        number = numbers(id_)
+        if not colon or len(number) != 1:
+            continue
+        if number[0] == 0:
             unified = path
-        elif best is None or int(id_) < best[0]:
-            best = int(id_), path
+        elif best is None or number[0] < best[0]:
+            best = number[0], path
     return best[1] if best else unified
 
 
 def security_label(tid: int) -> bytes | None:
     label = read(tid, "attr/current")
-    return label.rstrip(b"\n\0") if label else None
+    return label.split(b"\0", 1)[0].rstrip(b"\n") if label else None
 
 
 def audit(tid: int) -> tuple[int, int] | None:
     """Session id and login uid."""
-    session, login = read(tid, "sessionid"), read(tid, "loginuid")
-    return None if session is None or login is None else (int(session), int(login))
+    session = numbers(read(tid, "sessionid") or b"")
+    login = numbers(read(tid, "loginuid") or b"")
+    return (session[0], login[0]) if len(session) == len(login) == 1 else None

@@ -83,8 +83,8 @@ class FakeMemory:
 class FakeFile:
     """An open file of a process."""
 
-    kdbus: bool = False
-    unix_socket: bool = False
+    holds_files: bool = False
+    """A kdbus file, AF_UNIX socket or io_uring."""
     own_channel: bool = False
     """A socket to the caller itself."""
     path: bool = False
@@ -95,15 +95,26 @@ class FakeFile:
     pollable: bool = True
     readable: bool = False
     watchers: list[Callable[[], None]] = field(default_factory=list)
+    holders: int = 0
+    """How many the bus has of it."""
 
-    def is_kdbus(self) -> bool:
-        return self.kdbus
+    def hold(self) -> None:
+        assert self.holders, "held by nobody, and so closed"
+        self.holders += 1
 
-    def is_unix_socket(self) -> bool:
-        return self.unix_socket
+    def release(self) -> None:
+        assert self.holders, "released too often"
+        self.holders -= 1
 
-    def is_own_channel(self) -> bool:
-        return self.own_channel
+    def can_hold_files(self) -> bool:
+        assert self.holders
+        return self.holds_files
+
+    def become_channel(self) -> None:
+        if self.path:
+            raise CommandError(EBADF, "O_PATH")
+        if not self.own_channel:
+            raise CommandError(EINVAL, "no channel")
 
     def is_path(self) -> bool:
         return self.path
@@ -125,7 +136,13 @@ class FakeFile:
         if self.readable:
             return None
         self.watchers.append(callback)
-        return lambda: self.watchers.remove(callback)
+        self.hold()
+
+        def unwatch() -> None:
+            self.watchers.remove(callback)
+            self.release()
+
+        return unwatch
 
     def become_readable(self) -> None:
         self.readable = True
@@ -167,6 +184,8 @@ class FakePeer:
         self.gathered: Counter[AttachFlag] = Counter()
         """How often each kind was gathered."""
         self.files: dict[int, FakeFile] = {}
+        self.taken: list[FakeFile] = []
+        """What the bus took."""
         self.n_files_max = 1024
         """RLIMIT_NOFILE"""
         self._regions: list[Region] = []
@@ -306,6 +325,8 @@ class FakePeer:
         file = self.files.get(fd)
         if file is None:
             raise CommandError(EBADF, f"descriptor {fd} is not open")
+        file.holders += 1
+        self.taken.append(file)
         return file
 
 

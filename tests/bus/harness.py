@@ -314,9 +314,11 @@ class File:
         start, end = call.store_on_error if error else call.store
         if call.code & 0x80000000:
             start = 0
-        if call.fds is not None and not error:
-            numbers = [self.peer.install(d) for d in call.fds.descriptors]
-            struct.pack_into("=Q", call.data, end - 8, call.fds.installed(numbers))
+        if call.fds is not None:
+            if not error:
+                numbers = [self.peer.install(d) for d in call.fds.descriptors]
+                struct.pack_into("=Q", call.data, end - 8, call.fds.installed(numbers))
+            call.fds.release()
         try:
             call.peer.write(call.address + start, call.data[start:end])
         except Fault as fault:
@@ -750,6 +752,8 @@ class FakeDomain:
                 file.close()
         assert not self.paths()
         assert self.core.next_deadline() is None
+        for file in self.files:
+            assert not any(taken.holders for taken in file.peer.taken)
         for user in self.core._users.values():
             assert user.n_connections == 0
             assert user.n_buses == 0

@@ -19,13 +19,14 @@ def fd_socket(fd: int) -> bytes:
 
 def test_a_connection_takes_a_socket_of_its_caller(bus: Bus) -> None:
     for client in (bus.hello(), bus.monitor(), bus.activator("com.example.a")):
-        file = FakeFile(unix_socket=True, own_channel=True)
+        file = FakeFile(own_channel=True)
         client.ioctl(E.FD_SOCKET, fd_socket(client.peer.open(file)))
         assert client.connection.fd_socket is file
 
 
 @pytest.mark.parametrize(
-    ("file", "errno"), [(None, EBADF), (FakeFile(), EINVAL), (FakeFile(unix_socket=True), EINVAL)]
+    ("file", "errno"),
+    [(None, EBADF), (FakeFile(), EINVAL), (FakeFile(own_channel=True, path=True), EBADF)],
 )
 def test_other_descriptors_are_refused(bus: Bus, file: FakeFile | None, errno: int) -> None:
     client = bus.hello()

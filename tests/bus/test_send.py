@@ -264,9 +264,8 @@ FDS_CASES = [
     (None, EBADF),
     (FakeFile(), 0),
     (FakeFile(path=True), 0),
-    (FakeFile(path=True, kdbus=True), 0),
-    (FakeFile(kdbus=True), EOPNOTSUPP),
-    (FakeFile(unix_socket=True), EOPNOTSUPP),
+    (FakeFile(path=True, holds_files=True), 0),
+    (FakeFile(holds_files=True), EOPNOTSUPP),
 ]
 MEMFD_CASES = [
     (None, EBADF),
