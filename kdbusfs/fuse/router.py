@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The router: one thread reads every request of the mount, in order.
 
-Handle requests are answered right there. Tree requests go over a SOCK_SEQPACKET pair to pyfuse3,
-which takes its end for a FUSE device; a second thread carries its replies to the kernel. Two
-things are mended on that way: INIT, so that what we negotiate ourselves is negotiated and
-pyfuse3's library does not splice, and the inode numbers, because pyfuse3 knows no difference
-between a nodeid and st_ino.
+Handle requests are answered right there; requests on the tree are pyfuse3's, by way of the relay.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -32,32 +27,20 @@ from ..peer.turn import TURN
 from . import wire
 from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
 from .handles import Handles
+from .relay import Relay
 from .storer import Storer
 from .trace import Trace
 from .tree import Tree
 from .watchdog import Watchdog
 from .watches import Watches
-from .wire import IN_HEADER, IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Opcode
+from .wire import IN_HEADER, OUT_HEADER, OUT_HEADER_SIZE, Opcode
 
 log = logging.getLogger(__name__)
 
 _BUFFER_SIZE = 1 << 18
-_MAX_WRITE = 65536
-_MAX_BACKGROUND = 65535
 _LONGEST_WAIT_NS = 3600 * 10**9
 """A deadline may be any 64-bit number, centuries ahead; a wait that ends too soon does no harm."""
 _LOG_PERIOD_NS = 60 * 10**9
-_PROTOCOL_MINOR = 40
-_SHOWN_MINOR = 13
-"""What pyfuse3's library is shown: from 7.14 on it splices, which a socket can't do."""
-_ENTRY_ATTR = 40
-"""Offset of attr in struct fuse_entry_out."""
-_ATTR_ATTR = 16
-"""Offset of attr in struct fuse_attr_out."""
-_DIRENTPLUS = struct.Struct("=Q")
-_DIRENT = struct.Struct("=QQII")
-_ENTRY_OUT_SIZE = 128
-
 _unpack_header = IN_HEADER.unpack_from
 _unpack_u32 = U32.unpack_from
 _IOCTL = int(Opcode.IOCTL)
@@ -88,7 +71,7 @@ class Router:
         self._device = device
         self._domain = domain
         self._tree = tree
-        self._socket = tree_socket
+        self.relay = Relay(device, tree, tree_socket, trace, self._initialise)
         self.pool = pool
         self._spin_ns = spin_us * 1000
         self._trace = trace
@@ -108,10 +91,6 @@ class Router:
         self._tid = 0
         """The router's thread, as the system calls it."""
         self._backlog: deque[bytearray] = deque()
-        self._kernel_flags2 = 0
-        self._kernel_minor = 0
-        self._relayed: dict[int, tuple[int, tuple[int, int, int], str]] = {}
-        """Opcode, caller and target of requests pyfuse3 has, by unique."""
         self._storer = Storer(device)
         self.has_pools = True
         """Whether the kernel can do the kind of pool that is wanted."""
@@ -251,12 +230,16 @@ class Router:
             handles.release(unique, ids, request)
         elif opcode == Opcode.INTERRUPT:
             handles.interrupt(request)
+        elif opcode == Opcode.FORGET:
+            self._tree.forget_one(nodeid, request)
+        elif opcode == Opcode.BATCH_FORGET:
+            self._tree.forget_many(request)
         elif opcode == _READ:
             handles.read(unique, ids, request)
         elif opcode in _REFUSED:
             handles.refuse(unique, ids, Opcode(opcode).name)
         else:
-            self._relay(opcode, unique, nodeid, ids, request)
+            self.relay.take(opcode, unique, nodeid, ids, request)
 
     def _write(self, data: Buffer) -> None:
         try:
@@ -264,99 +247,12 @@ class Router:
         except OSError as error:
             log.debug("reply not taken: %s", error)
 
-    # --- the tree's part
-
-    def _relay(
-        self, opcode: int, unique: int, nodeid: int, ids: tuple[int, int, int], request: memoryview
-    ) -> None:
-        if opcode == Opcode.INIT:
-            _, self._kernel_minor, _, flags, flags2 = wire.INIT_IN.unpack_from(
-                request, IN_HEADER_SIZE
-            )
-            self._kernel_flags2 = flags2 if flags & wire.FLAG_INIT_EXT else 0
-            struct.pack_into("=I", request, IN_HEADER_SIZE + 4, _SHOWN_MINOR)
-        if opcode not in _UNANSWERED:
-            target = f"nodeid={nodeid}"
-            if self._trace is not None and opcode == Opcode.LOOKUP:
-                target += f" {bytes(request[IN_HEADER_SIZE:-1]).decode(errors='replace')}"
-            self._relayed[unique] = opcode, ids, target
-        elif self._trace is not None:
-            self._trace.line(Opcode(opcode).name, ids, 0, f"nodeid={nodeid}")
-        self._socket.send(request)
-
-    def relay_replies(self) -> None:
-        """Carry pyfuse3's replies to the kernel, until its end of the pair is closed."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        reply = bytearray(1 << 20)
-        view = memoryview(reply)
-        while True:
-            try:
-                size = self._socket.recv_into(reply)
-            except OSError:
-                return
-            if not size:
-                return
-            _, error, unique = OUT_HEADER.unpack_from(reply)
-            opcode, ids, target = self._relayed.pop(unique, (0, (0, 0, 0), ""))
-            data = view[:size]
-            if not error:
-                data = self._mend(opcode, data)
-            self._write(data)
-            if opcode == Opcode.INIT:
-                self._set_up_pools()
-                self._on_initialised()
-            if self._trace is not None and opcode:
-                name = Opcode(opcode).name if opcode in _OPCODES else str(opcode)
-                self._trace.line(name, ids, -error, target)
-
-    def _mend(self, opcode: int, reply: memoryview) -> memoryview:
-        if opcode == Opcode.INIT:
-            return memoryview(self._mended_init(reply))
-        if opcode == Opcode.LOOKUP:
-            self._mend_attr(reply, OUT_HEADER_SIZE + _ENTRY_ATTR)
-        elif opcode in (Opcode.GETATTR, Opcode.SETATTR):
-            self._mend_attr(reply, OUT_HEADER_SIZE + _ATTR_ATTR)
-        elif opcode == Opcode.READDIRPLUS:
-            at = OUT_HEADER_SIZE
-            while at < len(reply):
-                self._mend_attr(reply, at + _ENTRY_ATTR)
-                self._mend_attr(reply, at + _ENTRY_OUT_SIZE)
-                name_length = _DIRENT.unpack_from(reply, at + _ENTRY_OUT_SIZE)[2]
-                at += (_ENTRY_OUT_SIZE + _DIRENT.size + name_length + 7) & ~7
-        return reply
-
-    def _mend_attr(self, reply: memoryview, at: int) -> None:
-        """Where a nodeid stands for an inode number, put the node's number."""
-        (nodeid,) = _DIRENTPLUS.unpack_from(reply, at)
-        node = self._tree.node(nodeid)
-        if node is not None:
-            _DIRENTPLUS.pack_into(reply, at, node.ino)
-
-    def _mended_init(self, reply: memoryview) -> bytes:
-        body = bytes(reply[OUT_HEADER_SIZE:]).ljust(wire.INIT_OUT.size, b"\0")
-        major, _, max_readahead, flags, *_ = wire.INIT_OUT.unpack(body[: wire.INIT_OUT.size])
-        flags2 = self._kernel_flags2 & (wire.FLAG2_PASSTHROUGH | wire.FLAG2_DIRECT_IO_ALLOW_MMAP)
-        flags |= wire.FLAG_MAX_PAGES | wire.FLAG_DO_READDIRPLUS
-        flags |= wire.FLAG_INIT_EXT if flags2 else 0
-        mended = wire.INIT_OUT.pack(
-            major,
-            min(self._kernel_minor, _PROTOCOL_MINOR),
-            max_readahead,
-            flags,
-            _MAX_BACKGROUND,
-            _MAX_BACKGROUND,
-            _MAX_WRITE,
-            1,
-            32,
-            0,
-            flags2,
-            1 if flags2 & wire.FLAG2_PASSTHROUGH else 0,
-            0,
-        )
-        header = OUT_HEADER.unpack_from(reply)
-        return OUT_HEADER.pack(OUT_HEADER_SIZE + len(mended), 0, header[2]) + mended
-
     # --- pools
+
+    def _initialise(self) -> None:
+        """In the relay's thread: the kernel has been told what we can do."""
+        self._set_up_pools()
+        self._on_initialised()
 
     def _set_up_pools(self) -> None:
         passes_through = self.pool != "cache" and can_pass_through(self._device)
@@ -369,7 +265,7 @@ class Router:
     def _new_backing(self, nodeid: int) -> Backing:
         if self.pool == "passthrough":
             return PassthroughBacking(self._device)
-        direct_io = bool(self._kernel_flags2 & wire.FLAG2_DIRECT_IO_ALLOW_MMAP)
+        direct_io = bool(self.relay.kernel_flags2 & wire.FLAG2_DIRECT_IO_ALLOW_MMAP)
         return CacheBacking(
             lambda offset, data: self._store(nodeid, offset, data),
             lambda size: self._tree.set_size(nodeid, size),
@@ -412,5 +308,3 @@ _REFUSED = frozenset(
         Opcode.FLUSH,
     }
 )
-_UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET})
-_OPCODES = frozenset(int(o) for o in Opcode)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ import trio
 from ..bus.domain import Domain
 from ..errors import UserError
 from ..peer.namespaces import OWN_USER
+from .relay import tree_pair
 from .router import Router
 from .trace import Trace
 from .tree import Tree
@@ -50,7 +50,7 @@ class Session:
             spin_us = DEFAULT_SPIN_US if len(os.sched_getaffinity(0)) > 1 else 0
         domain = Domain(_Clock(), OWN_USER)
         self._tree = Tree(domain.root)
-        ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, self._theirs = tree_pair()
         self._router = Router(
             device,
             domain,
@@ -70,7 +70,7 @@ class Session:
         gc.freeze()
         gc.set_threshold(50_000, 20, 50)
         sys.setswitchinterval(0.0005)
-        relay = self._router.relay_replies
+        relay = self._router.relay.run
         threading.Thread(target=relay, name="kdbusfs-relay", daemon=True).start()
         # From here on the descriptor is pyfuse3's, which closes it.
         pyfuse3.init(self._tree, f"/dev/fd/{self._theirs.detach()}", {"fsname=kdbusfs"})

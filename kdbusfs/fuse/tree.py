@@ -3,7 +3,8 @@
 
 Every LOOKUP of an endpoint answers a nodeid that was never used before, and nothing is cached, so
 that each open has an inode of its own, with a page cache and a backing file of its own. st_ino is
-the node's, the same for all. This runs in the main thread and only reads the bus.
+the node's, the same for all. Operations run in the main thread and only read the bus; what the
+kernel has forgotten is forgotten in the router's thread, at once.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import pyfuse3
 
+from ..abi.items import Buffer
 from ..bus.node import Node
+from . import wire
 
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, InodeT, ReaddirToken, RequestContext, SetattrFields
@@ -48,6 +51,8 @@ class Tree(pyfuse3.Operations):
         self._stable: dict[Node, int] = {root: pyfuse3.ROOT_INODE}
         """The nodeids of directories and the control file, which have no pool."""
         self._last_nodeid = int(pyfuse3.ROOT_INODE)
+        self._lock = threading.Lock()
+        """Held while nodeids come and go: the router's thread forgets them, this one tells them."""
 
     # --- for the router's thread
 
@@ -62,6 +67,29 @@ class Tree(pyfuse3.Operations):
         if inode is not None:
             inode.size = size
 
+    def forget_one(self, nodeid: int, request: Buffer) -> None:
+        """FORGET: the kernel has dropped an inode."""
+        (n_lookups,) = wire.FORGET_IN.unpack_from(request, wire.IN_HEADER_SIZE)
+        with self._lock:
+            self._forget(nodeid, n_lookups)
+
+    def forget_many(self, request: memoryview) -> None:
+        """BATCH_FORGET."""
+        at = wire.IN_HEADER_SIZE + wire.BATCH_FORGET_IN.size
+        with self._lock:
+            for nodeid, n_lookups in wire.FORGET_ONE.iter_unpack(request[at:]):
+                self._forget(nodeid, n_lookups)
+
+    def _forget(self, nodeid: int, n_lookups: int) -> None:
+        inode = self._inodes.get(nodeid)
+        if inode is None or nodeid == pyfuse3.ROOT_INODE:
+            return
+        inode.n_lookups -= n_lookups
+        if inode.n_lookups <= 0:
+            del self._inodes[nodeid]
+            if self._stable.get(inode.node) == nodeid:
+                del self._stable[inode.node]
+
     # --- operations
 
     def _find(self, nodeid: int) -> _Inode:
@@ -70,7 +98,7 @@ class Tree(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ESTALE)
         return inode
 
-    def _nodeid(self, node: Node) -> int:
+    def _new_nodeid(self, node: Node) -> int:
         """The nodeid to tell for *node*: of an endpoint, a new one each time."""
         has_pool = stat.S_ISREG(node.mode) and node.name != "control"
         if not has_pool and node in self._stable:
@@ -105,20 +133,10 @@ class Tree(pyfuse3.Operations):
         node = parent.children.get(name.decode(errors="replace")) if parent.alive else None
         if node is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
-        nodeid = self._nodeid(node)
-        self._inodes[nodeid].n_lookups += 1
+        with self._lock:
+            nodeid = self._new_nodeid(node)
+            self._inodes[nodeid].n_lookups += 1
         return self._attributes(nodeid)
-
-    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
-        for nodeid, n_lookups in inode_list:
-            inode = self._inodes.get(nodeid)
-            if inode is None or nodeid == pyfuse3.ROOT_INODE:
-                continue
-            inode.n_lookups -= n_lookups
-            if inode.n_lookups <= 0:
-                del self._inodes[nodeid]
-                if self._stable.get(inode.node) == nodeid:
-                    del self._stable[inode.node]
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
         return self._attributes(inode)
@@ -158,14 +176,15 @@ class Tree(pyfuse3.Operations):
             cursor = node.ino + 2
             if cursor <= start_id:
                 continue
-            nodeid = self._nodeid(node)
+            with self._lock:
+                nodeid = self._new_nodeid(node)
+                self._inodes[nodeid].n_lookups += 1
             if not pyfuse3.readdir_reply(
                 token, node.name.encode(), self._attributes(nodeid), cursor
             ):
-                if not self._inodes[nodeid].n_lookups:
-                    await self.forget([(pyfuse3.InodeT(nodeid), 0)])
+                with self._lock:
+                    self._forget(nodeid, 1)
                 return
-            self._inodes[nodeid].n_lookups += 1
 
     def _list_dot(self, token: ReaddirToken, name: bytes, node: Node, cursor: int) -> bool:
         """`.` or `..`, which the kernel does not look up, nor forgets."""

@@ -40,6 +40,12 @@ READ_IN = Struct("=QQIIQII")
 """struct fuse_read_in: fh, offset, size, read_flags, lock_owner, flags, padding."""
 INTERRUPT_IN = Struct("=Q")
 """struct fuse_interrupt_in: unique."""
+FORGET_IN = Struct("=Q")
+"""struct fuse_forget_in: nlookup."""
+BATCH_FORGET_IN = Struct("=II")
+"""struct fuse_batch_forget_in: count, dummy."""
+FORGET_ONE = Struct("=QQ")
+"""struct fuse_forget_one: nodeid, nlookup."""
 NOTIFY_POLL = Struct("=IiQQ")
 """fuse_out_header and struct fuse_notify_poll_wakeup_out in one: ..., kh."""
 NOTIFY_STORE = Struct("=IiQQQII")

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,33 @@ def test_inode_numbers_stay_and_differ(mount: daemons.Mount, bus: Bus) -> None:
     listed = {entry.name: entry.inode() for entry in os.scandir(mount.path)}
     assert listed["control"] == first[1]
     assert listed[bus.name] == first[2]
+
+
+def test_hundreds_may_ask_at_a_time(mount: daemons.Mount, bus: Bus) -> None:
+    """More than fit into the socket between the daemon's two halves."""
+    n_threads, rounds = 600, 3
+    paths = [mount.path / "control", bus.path, bus.directory, mount.path / "none"]
+    answers: list[int] = []
+
+    def ask(i: int) -> None:
+        for k in range(rounds):
+            path = paths[(i + k) % len(paths)]
+            answers.append(len(os.listdir(mount.path)) if i % 7 == 0 else path.exists())
+
+    stack = threading.stack_size(1 << 18)
+    threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    threading.stack_size(stack)
+    daemons.wait_until(lambda: len(answers) == n_threads * rounds, "somebody got no answer")
+    for thread in threads:
+        thread.join()
+    assert answers.count(0) == sum(
+        paths[(i + k) % 4].name == "none"
+        for i in range(n_threads)
+        for k in range(rounds)
+        if i % 7
+    )
 
 
 def test_directories_list_their_nodes_with_types(mount: daemons.Mount, bus: Bus) -> None:
