@@ -8,6 +8,7 @@ thread that answers lookups just reads.
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..abi.numbers import MakeFlag
@@ -44,6 +45,7 @@ class Node:
         "children",
         "subject",
         "alive",
+        "on_unlink",
         "__weakref__",
     )
 
@@ -67,6 +69,8 @@ class Node:
         self.children: dict[str, Node] = {}
         self.subject = subject
         self.alive = True
+        self.on_unlink: Callable[[Node], None] | None = None
+        """Of the root: told of each node below it that is gone."""
 
     @property
     def is_directory(self) -> bool:
@@ -82,3 +86,8 @@ class Node:
         # What it stood for refers to it; a ring would keep both for a long time.
         child.subject = None
         self.children = {n: c for n, c in self.children.items() if c is not child}
+        top = self
+        while top.parent is not None:
+            top = top.parent
+        if top.on_unlink is not None:
+            top.on_unlink(child)

@@ -27,6 +27,7 @@ from ..peer.turn import TURN
 from . import wire
 from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
 from .handles import Handles
+from .invalidator import Invalidator
 from .relay import Relay
 from .storer import Storer
 from .trace import Trace
@@ -71,6 +72,8 @@ class Router:
         self._device = device
         self._domain = domain
         self._tree = tree
+        self._invalidator = Invalidator(device, tree.nodeid)
+        domain.root.on_unlink = self._invalidator.drop
         self.relay = Relay(device, tree, tree_socket, trace, self._initialise)
         self.pool = pool
         self._spin_ns = spin_us * 1000
@@ -104,6 +107,7 @@ class Router:
         self._on_end = on_end
         TURN.acquire()
         self._watchdog.start()
+        self._invalidator.start()
         self._start_thread()
 
     def _start_thread(self) -> None:
@@ -200,6 +204,7 @@ class Router:
     def _close(self) -> None:
         self._watchdog.close()
         self._handles.close()
+        self._invalidator.close()
         self._storer.close()
         self._watches.close()
 

@@ -61,6 +61,10 @@ class Tree(pyfuse3.Operations):
         inode = self._inodes.get(nodeid)
         return inode.node if inode else None
 
+    def nodeid(self, node: Node) -> int | None:
+        """What the kernel knows a directory by, if it does."""
+        return self._stable.get(node)
+
     def set_size(self, nodeid: int, size: int) -> None:
         """Let *nodeid* have a size: that of the pool in its page cache."""
         inode = self._inodes.get(nodeid)

@@ -50,11 +50,14 @@ NOTIFY_POLL = Struct("=IiQQ")
 """fuse_out_header and struct fuse_notify_poll_wakeup_out in one: ..., kh."""
 NOTIFY_STORE = Struct("=IiQQQII")
 """fuse_out_header and struct fuse_notify_store_out in one: ..., nodeid, offset, size, padding."""
+NOTIFY_INVAL_ENTRY = Struct("=IiQQII")
+"""fuse_out_header and struct fuse_notify_inval_entry_out in one: ..., parent, namelen, flags."""
 
 IOCTL_AT = IN_HEADER_SIZE + IOCTL_IN.size
 """Where the bytes that an ioctl brought begin in its request."""
 
 NOTIFY_CODE_POLL = 1
+NOTIFY_CODE_INVAL_ENTRY = 3
 NOTIFY_CODE_STORE = 4
 
 POLL_SCHEDULE_NOTIFY = 1

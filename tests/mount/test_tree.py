@@ -114,6 +114,40 @@ def test_inode_numbers_stay_and_differ(mount: daemons.Mount, bus: Bus) -> None:
     assert listed[bus.name] == first[2]
 
 
+def test_what_has_gone_leaves_no_name_and_no_number(mount: daemons.Mount) -> None:
+    """Numbers are free again when the kernel has dropped the names."""
+    with Bus(mount.path) as first:
+        before = max(first.directory.stat().st_ino, first.path.stat().st_ino)
+    stands = 0
+    for i in range(500):
+        with Bus(mount.path) as bus, bus.connect():
+            names = os.listdir(bus.directory), os.listdir(mount.path)
+            assert bus.name in names[1]
+            if i == 250:
+                stands = os.open(bus.directory, os.O_PATH | os.O_DIRECTORY)
+
+    def number() -> int:
+        with Bus(mount.path) as bus:
+            return max(bus.directory.stat().st_ino, bus.path.stat().st_ino)
+
+    daemons.wait_until(lambda: number() <= before + 8, f"{number()} was {before}")
+    assert os.fstat(stands).st_mode
+    os.close(stands)
+
+
+def test_the_names_of_endpoints_go_with_them(mount: daemons.Mount, bus: Bus) -> None:
+    def number() -> int:
+        with File(bus.path) as owner:
+            item = build_string(ItemType.MAKE_NAME, b"0-custom")
+            owner.command(Command.ENDPOINT_MAKE, items=item)
+            return (bus.directory / "0-custom").stat().st_ino
+
+    before = number()
+    for _ in range(100):
+        number()
+    daemons.wait_until(lambda: number() <= before + 8, f"{number()} was {before}")
+
+
 def test_hundreds_may_ask_at_a_time(mount: daemons.Mount, bus: Bus) -> None:
     """More than fit into the socket between the daemon's two halves."""
     n_threads, rounds = 600, 3
