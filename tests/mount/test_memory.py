@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Arguments as a client may give them: at bad addresses, half unmapped, changing, lying."""
 
+import ctypes
 import errno
 import mmap
 import os
@@ -36,11 +37,13 @@ from mount.raw import (
     execute,
     fails,
     ioctl,
+    libc,
     make_message,
     outcome,
 )
 
 READ = mmap.PROT_READ
+SYS_MEMFD_SECRET = 447
 WILD = [0x8, 0x10000, 0x7FFFFFFFF000, 0x800000000000, 0xFFFF888000000000, (1 << 64) - PAGE]
 """Addresses where nothing is: low, at the end of user space, beyond it, the kernel's."""
 
@@ -430,3 +433,30 @@ def test_what_changes_while_it_is_read_hurts_nobody(
     assert counts.keys() <= possible
     conn.send(conn.id, b"still fine")
     assert conn.take().payload == b"still fine"
+
+
+def test_secret_memory_is_out_of_reach(bus: Bus) -> None:
+    """memfd_secret(2): the kernel reads it for its owner alone, so write(2) does and SEND can't."""
+    secret = libc.syscall(SYS_MEMFD_SECRET, 0)
+    if secret < 0:
+        pytest.skip("no memfd_secret(2) here")
+    os.ftruncate(secret, PAGE)
+    at = libc.mmap(None, PAGE, READ | mmap.PROT_WRITE, mmap.MAP_SHARED, secret, 0)
+    ctypes.memmove(at, b"key", 3)
+    read, write = os.pipe()
+    assert libc.write(write, ctypes.c_void_p(at), ctypes.c_size_t(3)) == 3
+    with bus.connect() as conn:
+        with fails(errno.EFAULT):
+            conn.send(conn.id, Vec(at, 3))
+        content, _ = make_message(conn.id, (b"x",))
+        ctypes.memmove(at, content, len(content))
+        with fails(errno.EFAULT):
+            conn.command(Command.SEND, at, 0, 0, 0)
+        with fails(errno.EAGAIN):
+            conn.recv()
+        # What is copied elsewhere before goes well.
+        conn.send(conn.id, ctypes.string_at(at, 3))
+        assert conn.recv().payload == content[:3]
+    libc.munmap(at, PAGE)
+    for fd in (secret, read, write):
+        os.close(fd)
