@@ -13,12 +13,18 @@ from ..abi.errors import CommandError
 from ..abi.numbers import Limit
 from .metadata import UserNamespace
 from .node import Node
-from .quota import User
+from .quota import Shares, User
 
 if TYPE_CHECKING:
     from .node import Subject
     from .peer import Credentials
     from .reply import Reply
+
+
+POOL_SPACE = 1 << 46
+"""Half of what Linux gives a process on x86-64 (47 bits)."""
+USER_POOL_SPACE = 1 << 42
+"""As many connections as a user may have, with the largest pool there is."""
 
 
 class Clock(Protocol):
@@ -43,6 +49,8 @@ class Domain:
         """Whom notifications are charged to."""
         self._last_id = 0
         self._users: dict[int, User] = {}
+        self.pool_space = Shares(POOL_SPACE, USER_POOL_SPACE)
+        """Address space for pools: all of them are mapped in one process."""
         self._free_inos: list[int] = []
         self._next_ino = 3
         self._deadlines: list[tuple[int, int, list[Reply]]] = []

@@ -16,6 +16,7 @@ from errno import (
     EEXIST,
     EINVAL,
     EMFILE,
+    ENOMEM,
     EOPNOTSUPP,
     EPERM,
     ESHUTDOWN,
@@ -265,7 +266,7 @@ class Handle:
             if faked and facts.creds and endpoint.is_privileged(self.opener):
                 uid = facts.creds[0] if facts.creds[0] != UNSET_ID else uid
             user = self.domain.user(uid)
-        pool = Pool(pool_size, self.new_memory(pool_size))
+        pool = self._new_pool(pool_size)
         try:
             self.domain.connect(user)
             try:
@@ -286,6 +287,16 @@ class Handle:
             raise
         self.connection = connection
         self.state = HandleState.CONNECTION
+
+    def _new_pool(self, size: int) -> Pool:
+        """A pool, charged to who opened the file until it is closed; ENOMEM."""
+        space, uid = self.domain.pool_space, self.opener.uid
+        space.charge(uid, size, ENOMEM)
+        try:
+            return Pool(size, self.new_memory(size), lambda: space.discharge(uid, size))
+        except BaseException:
+            space.discharge(uid, size)
+            raise
 
     def _check_hello(self, call: Call, endpoint: Endpoint, pool_size: int) -> bytes | None:
         """Checks that come before anything is made; returns the name, if one is given."""

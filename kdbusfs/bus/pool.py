@@ -15,6 +15,7 @@ the client may scribble over its own pool, and nothing here reads it.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from errno import ENXIO, EXFULL
 
 from ..abi.errors import CommandError
@@ -40,13 +41,17 @@ class Slice:
 
 
 class Pool:
-    """The slices of one pool of *size* bytes, and its *memory*."""
+    """The slices of one pool of *size* bytes, and its *memory*; *on_close* is called when the pool
+    is given up."""
 
-    __slots__ = ("size", "memory", "_used", "_free", "_by_offset")
+    __slots__ = ("size", "memory", "_on_close", "_used", "_free", "_by_offset")
 
-    def __init__(self, size: int, memory: Memory) -> None:
+    def __init__(
+        self, size: int, memory: Memory, on_close: Callable[[], None] | None = None
+    ) -> None:
         self.size = size
         self.memory = memory
+        self._on_close = on_close
         whole = Slice(0, size)
         self._used: dict[int, Slice] = {}
         self._free: list[tuple[int, int]] = [(size, 0)]
@@ -127,6 +132,9 @@ class Pool:
             slice_.before = slice_.after = None
         self._used.clear()
         self.memory.close()
+        if self._on_close is not None:
+            self._on_close()
+            self._on_close = None
 
     def slices(self) -> list[Slice]:
         """All slices in order of offset, free ones too."""

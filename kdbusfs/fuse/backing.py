@@ -20,6 +20,7 @@ from typing import Protocol
 from ..abi.errors import CommandError
 from ..abi.items import Buffer
 from ..peer.memory import PoolMemory
+from ..peer.table import TABLE
 from . import wire
 
 _F_SEAL_FUTURE_WRITE = 0x10
@@ -48,15 +49,21 @@ class Backing(Protocol):
 
 
 class PassthroughBacking:
-    """A memfd, open until the pool is sealed; the kernel keeps it from then on."""
+    """A memfd, open until the pool is sealed; the kernel keeps it from then on. User *uid* is
+    charged for it."""
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, uid: int) -> None:
         self._device = device
-        self._memfd = os.memfd_create("kdbus-conn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._uid = uid
+        self._memfd = -1
+        TABLE.charge(uid)
         try:
+            self._memfd = os.memfd_create("kdbus-conn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             self.backing_id = wire.backing_open(device, self._memfd)
         except OSError:
-            os.close(self._memfd)
+            if self._memfd >= 0:
+                os.close(self._memfd)
+            TABLE.discharge(uid)
             raise
         # With DIRECT_IO read and write come to us, to be refused, and mmap still goes to the file.
         self.open_flags = wire.FOPEN_PASSTHROUGH | wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH
@@ -78,6 +85,7 @@ class PassthroughBacking:
         if self._memfd >= 0:
             os.close(self._memfd)
             self._memfd = -1
+            TABLE.discharge(self._uid)
 
     def close(self) -> None:
         wire.backing_close(self._device, self.backing_id)

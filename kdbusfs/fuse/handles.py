@@ -13,7 +13,19 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from errno import EBADF, EBUSY, EFAULT, EINTR, EINVAL, EIO, EMFILE, ENODEV, ENOTTY, EPERM
+from errno import (
+    EBADF,
+    EBUSY,
+    EFAULT,
+    EINTR,
+    EINVAL,
+    EIO,
+    EMFILE,
+    ENODEV,
+    ENOTTY,
+    EOPNOTSUPP,
+    EPERM,
+)
 from select import POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
 from struct import Struct
 from typing import Protocol
@@ -29,11 +41,13 @@ from ..bus.domain import Domain
 from ..bus.endpoint import Endpoint
 from ..bus.handle import Handle
 from ..bus.node import Node
+from ..bus.quota import Shares
 from ..native import ffi, lib
 from ..peer.closers import CLOSERS
 from ..peer.descriptors import FileDescriptor, Watcher
 from ..peer.memory import PoolMemory
 from ..peer.process import Process
+from ..peer.table import check_exhausted
 from . import wire
 from .backing import Backing
 from .trace import Trace
@@ -54,6 +68,9 @@ _INCOMPLETE = int(RecvReturnFlag.INCOMPLETE_FDS)
 _MAX_OPEN = 4 * int(Limit.USER_CONNECTIONS)
 """Endpoints a user may have open, but for root: all its connections, and many that have not said
 HELLO."""
+_OPENS = 1 << 17
+_MOST_OPENS = 2 * _MAX_OPEN
+"""Files of the mount that may be open at all, and by one user."""
 _SOCKET_HEADER = Struct("=QQ")
 """What precedes descriptors on a connection's socket: offset of the slice, how many."""
 _BY_SOCKET = frozenset({ExtensionCommand.RECV, ExtensionCommand.SEND})
@@ -67,9 +84,9 @@ _IOCTL_OUT_SIZE = wire.IOCTL_OUT.size
 
 
 class NewBacking(Protocol):
-    """Makes the pool side of an endpoint that is being opened under a nodeid."""
+    """Makes the pool side of an endpoint that user *uid* is opening under a nodeid."""
 
-    def __call__(self, nodeid: int) -> Backing: ...
+    def __call__(self, nodeid: int, uid: int) -> Backing: ...
 
 
 class OpenFile:
@@ -120,6 +137,8 @@ class Handles:
         self._open_nodeids: set[int] = set()
         self._n_open: dict[int, int] = {}
         """Open endpoints by uid: each takes descriptors of ours."""
+        self._opens = Shares(_OPENS, _MOST_OPENS)
+        """All open files: even `control`, which takes nothing but memory."""
         self._warned: set[Node] = set()
         self._next_fh = 1
         self._waiting: dict[int, Call] = {}
@@ -176,15 +195,9 @@ class Handles:
                 raise CommandError(EBUSY, "an inode has one pool")
             if has_pool and peer.uid and self._n_open.get(peer.uid, 0) >= _MAX_OPEN:
                 raise CommandError(EMFILE, f"{_MAX_OPEN} endpoints open of this user")
-            file = OpenFile(self._next_fh, nodeid, None)
-            file.handle = Handle(self._domain, node, peer.credentials(), file.new_memory)
-            if has_pool:
-                try:
-                    file.backing = self._new_backing(nodeid)
-                except OSError as error:
-                    raise CommandError(error.errno or EIO, "no backing for a pool") from None
+            file = self._new_file(nodeid, node, peer)
+            if file.backing is not None:
                 self._open_nodeids.add(nodeid)
-                file.uid = peer.uid
                 self._n_open[peer.uid] = self._n_open.get(peer.uid, 0) + 1
             flags, backing_id = wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH, 0
             if file.backing is not None:
@@ -199,6 +212,24 @@ class Handles:
         assert node is not None
         self._traced("OPEN", ids, 0, f"{node.name} fh={file.fh}")
 
+    def _new_file(self, nodeid: int, node: Node, peer: Process) -> OpenFile:
+        """An open file that is charged to *peer*; EMFILE, ENFILE, ENOMEM."""
+        file = OpenFile(self._next_fh, nodeid, None)
+        file.uid = peer.uid
+        self._opens.charge(peer.uid, 1, EMFILE)
+        try:
+            file.handle = Handle(self._domain, node, peer.credentials(), file.new_memory)
+            if isinstance(node.subject, Endpoint):
+                file.backing = self._new_backing(nodeid, peer.uid)
+        except OSError as error:
+            self._opens.discharge(peer.uid, 1)
+            check_exhausted(error.errno)
+            raise CommandError(error.errno or EIO, "no backing for a pool") from None
+        except BaseException:
+            self._opens.discharge(peer.uid, 1)
+            raise
+        return file
+
     def release(self, unique: int, ids: tuple[int, int, int], request: Buffer) -> None:
         (fh,) = U64.unpack_from(request, IN_HEADER_SIZE)
         self._close_file(fh)
@@ -209,6 +240,7 @@ class Handles:
         file = self._files.pop(fh)
         # The latest call may be the file's own, and would keep alive all that it had.
         self._current = None
+        self._opens.discharge(file.uid, 1)
         file.handle.close()
         file.memory = None
         if file.handle.connection is not None:
@@ -508,8 +540,10 @@ class Handles:
 
     def refuse(self, unique: int, ids: tuple[int, int, int], name: str) -> None:
         """WRITE and other things that can't be done to a kdbus file."""
-        self._reply(unique, EINVAL)
-        self._traced(name, ids, EINVAL, "")
+        # What kdbus's files had no operation for, the VFS answers in its own way.
+        error = EOPNOTSUPP if name == "FALLOCATE" else EINVAL
+        self._reply(unique, error)
+        self._traced(name, ids, error, "")
 
     def _traced(
         self,

@@ -267,9 +267,9 @@ class Router:
         if self.has_pools:
             log.info("pools by %s", self.pool)
 
-    def _new_backing(self, nodeid: int) -> Backing:
+    def _new_backing(self, nodeid: int, uid: int) -> Backing:
         if self.pool == "passthrough":
-            return PassthroughBacking(self._device)
+            return PassthroughBacking(self._device, uid)
         direct_io = bool(self.relay.kernel_flags2 & wire.FLAG2_DIRECT_IO_ALLOW_MMAP)
         return CacheBacking(
             lambda offset, data: self._store(nodeid, offset, data),

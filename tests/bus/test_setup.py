@@ -10,6 +10,7 @@ from errno import (
     ENOMEM,
     EOPNOTSUPP,
     EPERM,
+    errorcode,
 )
 
 import pytest
@@ -23,15 +24,18 @@ from bus.harness import (
     access,
     bloom_parameter,
     fails,
+    hello,
     item,
     name,
     parse_items,
     text,
     u64,
 )
-from kdbusfs.abi.numbers import HelloFlag, ItemType, PolicyAccess, PolicyType
+from kdbusfs.abi.errors import CommandError
+from kdbusfs.abi.numbers import Command, HelloFlag, ItemType, PolicyAccess, PolicyType
 from kdbusfs.bus.handle import HandleState
 from kdbusfs.bus.metadata import UserNamespace
+from kdbusfs.bus.quota import Shares
 
 I = ItemType  # noqa: E741
 ACTIVATOR, POLICY_HOLDER, MONITOR = (
@@ -360,6 +364,57 @@ def test_a_failed_hello_gives_its_pool_back(bus: Bus) -> None:
 
 
 # --- who pays for a connection
+
+
+def space_of(bus: Bus) -> Shares:
+    """Address space for 16 small pools, of which a user may have three."""
+    space = bus.domain.core.pool_space = Shares(16 * 4096, 3 * 4096)
+    return space
+
+
+def test_pools_of_a_user_have_a_share_of_the_address_space(bus: Bus) -> None:
+    space = space_of(bus)
+    mine = [bus.hello(peer=FakePeer(2000), pool_size=4096, free=False) for _ in range(3)]
+    with fails(ENOMEM):
+        bus.hello(peer=FakePeer(2000), pool_size=4096)
+    # Not by another of its connections either, nor as somebody else who pays for messages.
+    assert space.taken(2000) == 3 * 4096
+    bus.hello(peer=FakePeer(3000), pool_size=4096)
+    # The mapping stays until the file is closed.
+    mine[0].byebye()
+    with fails(ENOMEM):
+        bus.hello(peer=FakePeer(2000), pool_size=4096)
+    mine[0].close()
+    bus.hello(peer=FakePeer(2000), pool_size=4096)
+
+
+def test_many_users_leave_address_space_to_root(bus: Bus) -> None:
+    space = space_of(bus)
+    for uid in range(2000, 2100):
+        try:
+            while True:
+                bus.hello(peer=FakePeer(uid), pool_size=4096)
+        except CommandError as error:
+            assert errorcode[error.errno] == "ENOMEM"  # noqa: PT017
+    assert sum(space.taken(uid) for uid in range(2000, 2100)) <= 12 * 4096
+    for _ in range(4):
+        bus.hello(peer=FakePeer(0, ipc_owner=True), pool_size=4096)
+
+
+@pytest.mark.parametrize("fails_by", ["memory", "store", "quota"])
+def test_a_hello_that_fails_gives_its_address_space_back(bus: Bus, fails_by: str) -> None:
+    space = space_of(bus)
+    peer = FakePeer(2000)
+    if fails_by == "quota":
+        bus.domain.core.user(2000).n_connections = 1024
+    file = bus.open("bus", peer)
+    if fails_by == "memory":
+        file.handle.new_memory = no_memory
+    argument = peer.put(hello(pool_size=4096), writable=fails_by != "store")
+    with pytest.raises(CommandError):
+        file.ioctl(Command.HELLO, argument)
+    assert space.taken(2000) == 0
+    bus.domain.core.user(2000).n_connections = 0
 
 
 def test_connections_count_for_the_real_uid_at_open(bus: Bus) -> None:

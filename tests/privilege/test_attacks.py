@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import re
 import resource
 import select
 import shutil
@@ -19,17 +20,20 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from errno import (
     EACCES,
+    EAGAIN,
     EBADF,
     EBUSY,
     EINVAL,
     EMEDIUMTYPE,
     EMFILE,
     ENOMEM,
+    ENXIO,
     EOPNOTSUPP,
     EPERM,
     errorcode,
@@ -55,18 +59,22 @@ from kdbusfs.abi.structs import CREDS, I32, PIDS, U64
 from kdbusfs.errors import UserError
 from mount.processes import fds_of
 from mount.raw import (
+    MIB,
     Bus,
     Connection,
     File,
     Memfd,
     Memory,
     fails,
+    libc,
     make_message,
     monotonic_ns,
+    outcome,
+    sealed_memfd,
 )
 from privilege import hostile, uring
 from privilege.conftest import NewPerson
-from privilege.people import CLONE_NEWNS, Person, bind
+from privilege.people import CLONE_NEWNS, CLONE_NEWUSER, Person, bind
 from privilege.test_policy import ALICE, BOB, CAROL
 
 SOON = 10.0
@@ -253,6 +261,39 @@ def _hello_on(fd: int) -> Connection:
     return connection
 
 
+def test_a_root_directory_with_a_path_longer_than_any_buffer(bus: Bus, person: NewPerson) -> None:
+    """The daemon can't tell it from others then, and tells no EXE; the message arrives."""
+    maps = {"uid_map": f"0 {ALICE} 1", "gid_map": f"0 {ALICE} 1"}
+    alice = person(ALICE, unshared=CLONE_NEWUSER, **maps)
+    receiver = alice.connect(path(bus), recv=ATTACH_ALL)
+    sender = alice.connect(path(bus))
+    opened = alice.open(path(bus))
+    top = tempfile.mkdtemp()
+    try:
+        os.chmod(top, 0o777)
+        alice.run(_go_deep, top)
+        sender.send(receiver.id, b"from below")
+        message = receiver.take()
+        assert message.payload == b"from below"
+        assert ItemType.EXE not in message.types
+        assert ItemType.PIDS in message.types
+        # One that says HELLO from there is no less a connection.
+        inside = alice.make(_hello_on, opened.get("fd"))
+        inside.send(receiver.id, b"too")
+        assert receiver.take().payload == b"too"
+    finally:
+        alice.end()
+        subprocess.run(["rm", "-r", top], check=True)
+
+
+def _go_deep(top: str) -> None:
+    os.chdir(top)
+    for _ in range(22):
+        os.mkdir("d" * 200)
+        os.chdir("d" * 200)
+    os.chroot(".")
+
+
 def test_a_socket_that_lingers_holds_up_nobody(bus: Bus, person: NewPerson) -> None:
     """Closed last by the daemon, with data that its peer never takes."""
     alice = person(ALICE)
@@ -394,6 +435,93 @@ def _offer_sockets(endpoint: str, name: str) -> dict[str, str]:
     return results
 
 
+def test_an_o_path_descriptor_is_no_socket(bus: Bus, person: NewPerson) -> None:
+    alice = person(ALICE)
+    with fails(EBADF):
+        alice.run(_offer_path_of_socket, alice.connect(path(bus)))
+    assert alive(bus, person)
+
+
+def _offer_path_of_socket(connection: Connection) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        door = os.open(f"/proc/self/fd/{ours.fileno()}", os.O_PATH)
+        try:
+            connection.command(ExtensionCommand.FD_SOCKET, door)
+        finally:
+            os.close(door)
+
+
+def test_sockets_of_all_families_pass(bus: Bus, person: NewPerson) -> None:
+    """Some have no name to be asked for (AF_ALG), which is no reason for a fault."""
+    results = person(ALICE).run(_pass_sockets, path(bus))
+    assert results.pop("AF_UNIX") == "ENOTSUP"
+    assert results
+    assert set(results.values()) == {"sent"}
+
+
+def _pass_sockets(endpoint: str) -> dict[str, str]:
+    results = {}
+    with Connection(endpoint) as connection:
+        for family in socket.AddressFamily:
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
+                try:
+                    ours = socket.socket(family, kind)
+                except OSError:
+                    continue
+                results[family.name] = send_fds(connection, [ours.fileno()])
+                ours.close()
+                break
+    return results
+
+
+@pytest.mark.parametrize("n_empty", [0, 5])
+def test_a_connection_in_the_queue_of_its_own_socket_ends(
+    bus: Bus, person: NewPerson, n_empty: int
+) -> None:
+    """Nobody but the daemon has that socket any more, and so nobody else could empty it."""
+    alice = person(ALICE)
+    victim = alice.connect(path(bus))
+    alice.run(_queue_connection_at_its_socket, victim, n_empty)
+    id_ = victim.id
+    alice.end()
+    with bus.connect() as watcher, fails(ENXIO):
+        watcher.info(id_)
+
+
+def _queue_connection_at_its_socket(connection: Connection, n_empty: int) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # Packets without data look like the end of all.
+    for _ in range(n_empty):
+        ours.send(b"")
+    socket.send_fds(ours, [b"" if n_empty else b"x"], [connection.fd])
+    connection.command(ExtensionCommand.FD_SOCKET, theirs.fileno())
+    with pytest.raises(BrokenPipeError):
+        socket.send_fds(ours, [b"x"], [connection.fd])
+    theirs.close()
+    _kept.append(ours)
+
+
+_kept: list[socket.socket] = []
+
+
+def test_an_io_uring_is_not_passed(bus: Bus, person: NewPerson) -> None:
+    """It could have a connection among its files, in whose own queue it then lies for ever."""
+    assert person(ALICE).run(_pass_ring, path(bus)) == ["ENOTSUP", "ENOTSUP", "EMEDIUMTYPE"]
+    assert alive(bus, person)
+
+
+def _pass_ring(endpoint: str) -> list[str]:
+    ring = uring.set_up()
+    with Connection(endpoint) as connection:
+        results = [send_fds(connection, [ring]), send_fds(connection, [0, ring, 0])]
+        results.append(outcome(lambda: connection.send(connection.id, Memfd(ring, 8))))
+        with fails(EAGAIN):
+            connection.recv()
+    os.close(ring)
+    return results
+
+
 # --- more than one's share
 
 
@@ -434,6 +562,103 @@ def test_one_user_can_have_no_more_than_its_share_of_everything(
     alice.end()
     daemons.wait_until(lambda: fds_of(mount.pid) <= before + 8, "descriptors are left")
     person(ALICE).open(path(bus))
+
+
+def test_nobody_opens_control_without_end(
+    mount: daemons.Mount, bus: Bus, person: NewPerson
+) -> None:
+    """Each takes memory of the daemon, though no descriptor."""
+    before = fds_of(mount.pid)
+    alice = person(ALICE)
+    assert alice.run(_open_control) == (8192, EMFILE)
+    assert fds_of(mount.pid) <= before + 8
+    person(BOB).open("control")
+    assert alive(bus, person)
+    alice.end()
+    person(ALICE).open("control")
+
+
+def _open_control() -> tuple[int, int]:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    n = 0
+    try:
+        while True:
+            os.open("control", os.O_RDWR)
+            n += 1
+    except OSError as error:
+        return n, error.errno or 0
+
+
+def test_queued_memfds_are_a_share_of_the_daemons_table(
+    mount: daemons.Mount, bus: Bus, person: NewPerson
+) -> None:
+    """No quota of kdbus counts them; what one user can't have more of is still there for others."""
+    limit = int(re.findall(r"Max open files +(\d+)", _limits(mount.pid))[0])
+    if limit > 100_000:
+        pytest.skip(f"filling a share of {limit} open files takes too long")
+    before = fds_of(mount.pid)
+    alice = person(ALICE)
+    assert alice.run(_queue_memfds, path(bus), limit) == EMFILE
+    n_taken = fds_of(mount.pid) - before
+    assert limit // 5 < n_taken < limit // 2
+    # Root and others go on, and so do its own messages without descriptors.
+    assert alive(bus, person)
+    with bus.connect(recv=ATTACH_ALL) as root:
+        root.send(root.id, b"x", fds=[0])
+        message = root.take()
+        assert {ItemType.CREDS, ItemType.PIDS, ItemType.CGROUP} <= set(message.types)
+        message.close_fds()
+    one = alice.connect(path(bus))
+    one.send(one.id, b"x")
+    alice.end()
+    daemons.wait_until(lambda: fds_of(mount.pid) <= before + 8, "descriptors are left")
+
+
+def _limits(pid: int) -> str:
+    return Path(f"/proc/{pid}/limits").read_text()
+
+
+def _queue_memfds(endpoint: str, limit: int) -> int:
+    """The errno with which it ends to send memfds to more and more connections."""
+    memfd = Memfd(sealed_memfd(b"x"), 1)
+    with Connection(endpoint) as sender:
+        for _ in range(limit // 4096 + 1):
+            receiver = Connection(endpoint, pool_size=4 * MIB)
+            _kept_connections.append(receiver)
+            try:
+                for _ in range(256):
+                    sender.send(receiver.id, *[memfd] * 16)
+            except OSError as error:
+                return error.errno or 0
+    return 0
+
+
+_kept_connections: list[Connection] = []
+
+
+def test_attributes_and_space_can_not_be_asked_for(bus: Bus, person: NewPerson) -> None:
+    """lsattr(1) and others make the kernel open the file a second time, which is not logged."""
+    results = person(ALICE).run(_ask_for_attributes, path(bus))
+    assert set(results) == {"control", "unbound", "connection"}
+    assert all(found == ["ENOTTY", "ENOTSUP"] for found in results.values())
+    assert alive(bus, person)
+
+
+def _ask_for_attributes(endpoint: str) -> dict[str, list[str]]:
+    get_flags = 0x80086601
+    results = {}
+    with File("control") as control, File(endpoint) as unbound, Connection(endpoint) as connection:
+        for name, file in (("control", control), ("unbound", unbound), ("connection", connection)):
+            results[name] = [
+                outcome(lambda file=file: fcntl.ioctl(file.fd, get_flags, bytes(8))),  # type: ignore[misc]
+                _fallocate(file.fd),
+            ]
+    return results
+
+
+def _fallocate(fd: int) -> str:
+    result = libc.fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(4096))
+    return errorcode[ctypes.get_errno()] if result < 0 else "0"
 
 
 def _take_all(endpoint: str) -> dict[str, tuple[int, int]]:
