@@ -165,7 +165,6 @@ class Call(Argument):
         "begun",
         "wait",
         "fds",
-        "origin",
     )
 
     def __init__(
@@ -175,7 +174,6 @@ class Call(Argument):
         peer: Peer,
         address: int,
         complete: Callable[[Call, int], None] | None = None,
-        origin: Any = None,
     ) -> None:
         # Argument's part, said again: a call of super().__init__ would cost as much as it does.
         self.form = form
@@ -198,8 +196,6 @@ class Call(Argument):
         """What it was completed with, while it is not finished."""
         self.begun = _NO_STEPS
         """What the command has begun and will commit, in this order, or undo."""
-        self.origin = origin
-        """What the shell remembers of the request this came as."""
         self.wait: Any = None
         """The reply this call waits for, while it is PENDING."""
         self.fds: Any = None

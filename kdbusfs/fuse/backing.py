@@ -14,8 +14,9 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable
-from errno import ENOMEM
+from errno import EBUSY, ENOMEM
 from typing import Protocol
+from weakref import ref
 
 from ..abi.errors import CommandError
 from ..abi.items import Buffer
@@ -43,7 +44,8 @@ class Backing(Protocol):
     backing_id: int
 
     def new_memory(self, size: int) -> PoolMemory:
-        """Memory for a pool of *size* bytes; ENOMEM. May be called again until it is sealed."""
+        """Memory for a pool of *size* bytes. ENOMEM, EBUSY: what was made before is in use. May be
+        called again until it is sealed."""
 
     def close(self) -> None: ...
 
@@ -65,17 +67,24 @@ class PassthroughBacking:
                 os.close(self._memfd)
             TABLE.discharge(uid)
             raise
+        self._memory: Callable[[], PoolMemory | None] = lambda: None
+        """The mapping that was made last, as long as somebody has it."""
         # With DIRECT_IO read and write come to us, to be refused, and mmap still goes to the file.
         self.open_flags = wire.FOPEN_PASSTHROUGH | wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH
 
     def new_memory(self, size: int) -> PoolMemory:
         _check_size(size)
+        if self._memory() is not None:
+            # What is cut off a file is SIGBUS to whoever has it mapped: to ourselves.
+            raise CommandError(EBUSY, "the file has a pool already")
         try:
             os.ftruncate(self._memfd, 0)
             os.ftruncate(self._memfd, size)
         except (OSError, OverflowError):
             raise CommandError(ENOMEM, f"no memory for a pool of {size} bytes") from None
-        return PoolMemory(self._memfd, size, on_seal=self._seal)
+        memory = PoolMemory(self._memfd, size, on_seal=self._seal)
+        self._memory = ref(memory)
+        return memory
 
     def _seal(self) -> None:
         fcntl.fcntl(self._memfd, fcntl.F_ADD_SEALS, _SEALS)
@@ -93,24 +102,24 @@ class PassthroughBacking:
 
 
 class CacheBacking:
-    """Private memory, pushed into the page cache of *nodeid* by *store*."""
+    """Private memory, pushed into the page cache of an inode by *push*."""
 
     backing_id = 0
 
     def __init__(
-        self, store: Callable[[int, Buffer], None], set_size: Callable[[int], None], direct_io: bool
+        self, push: Callable[[int, Buffer], None], set_size: Callable[[int], None], direct_io: bool
     ) -> None:
-        self._store = store
+        self._push = push
         self._set_size = set_size
         # Where DIRECT_IO does not forbid shared mappings, it lets us refuse read and write.
         self.open_flags = wire.FOPEN_NOFLUSH | (wire.FOPEN_DIRECT_IO if direct_io else 0)
 
     def new_memory(self, size: int) -> PoolMemory:
         _check_size(size)
-        memory = PoolMemory(-1, size, self._store)
+        memory = PoolMemory(-1, size, self._push)
         self._set_size(size)
-        # A byte at the very end makes the inode as large as the pool.
-        self._store(size - 1, b"\0")
+        # The last page makes the inode as large as the pool.
+        memory.publish(size - 1, 1)
         return memory
 
     def close(self) -> None:

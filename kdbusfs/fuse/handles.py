@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Handle requests: OPEN, RELEASE, IOCTL, POLL, INTERRUPT, READ, WRITE.
 
-Each is answered in the router's thread, to the end, but for two kinds of ioctl: a synchronous
-SEND stays unanswered until the bus completes it, and a call whose caller must be stopped by
-ptrace (descriptors to install, a system call to restart) is answered by a worker thread.
+Each is answered in the router's thread, to the end, but for three kinds of ioctl: a synchronous
+SEND stays unanswered until the bus completes it, a call whose caller must be stopped by ptrace
+(descriptors to install, a system call to restart) is answered by a worker thread, and a command
+whose results stall by the thread that was the router when they did (`peer.stall`). All answers of
+ioctls go through `_send`, or else are granted by `Ioctls.settle` (fuse/ioctl.py).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from struct import Struct
 from typing import Protocol
 
 from ..abi.commands import FORMS
-from ..abi.errors import CommandError, Fault, Stalled
+from ..abi.errors import CommandError, Stalled
 from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
 from ..abi.structs import U32, U64
@@ -47,9 +49,11 @@ from ..peer.closers import CLOSERS
 from ..peer.descriptors import FileDescriptor, Watcher
 from ..peer.memory import PoolMemory
 from ..peer.process import Process
+from ..peer.stall import MAX_OF_CALL
 from ..peer.table import check_exhausted
 from . import wire
 from .backing import Backing
+from .ioctl import Ioctl, Ioctls
 from .trace import Trace
 from .tree import Tree
 from .wire import IN_HEADER_SIZE, IOCTL_AT, OUT_HEADER_SIZE
@@ -109,6 +113,7 @@ class OpenFile:
     def new_memory(self, size: int) -> PoolMemory:
         if self.backing is None:
             raise CommandError(ENODEV, "no pool behind this file")
+        self.memory = None
         self.memory = self.backing.new_memory(size)
         return self.memory
 
@@ -141,17 +146,15 @@ class Handles:
         """All open files: even `control`, which takes nothing but memory."""
         self._warned: set[Node] = set()
         self._next_fh = 1
-        self._waiting: dict[int, Call] = {}
-        """Calls that are PENDING, by the unique of their request. The origin of a call is its
-        (OpenFile, unique)."""
+        self._ioctls = Ioctls()
+        self._interrupted: set[int] = set()
+        """Requests that stall or have to wait, and whose callers have a signal pending."""
         self._put_back = put_back
         self._wake_router = wake
-        self._stalled: set[int] = set()
-        """Requests that have been tried again once."""
-        self._current: Call | None = None
-        """The call whose request is being handled."""
-        self.completed: deque[Call] = deque()
-        """Calls the bus has completed, to be finished when nothing else is under way."""
+        self.completed: deque[Ioctl] = deque()
+        """Calls whose wait is over, to be finished."""
+        self.current: Ioctl | None = None
+        """The call that is being handled, or was the latest."""
         self.reply: Buffer = b""
         """Its answer, if that is ready: the router writes it as it goes for the next request."""
         self._workers = ThreadPoolExecutor(_TRACERS, "kdbusfs-tracer")
@@ -159,7 +162,10 @@ class Handles:
         CLOSERS.start_thread()
 
     def close(self) -> None:
-        """The mount is gone: every file is closed, in the order of opening."""
+        """The mount is gone: all callers have been let go, and nothing is stored any more. Every
+        file is closed, in the order of opening."""
+        for ioctl in self._ioctls:
+            self._ioctls.settle(ioctl)
         for fh in list(self._files):
             self._close_file(fh)
         self._workers.shutdown()
@@ -181,10 +187,13 @@ class Handles:
 
     def open(self, unique: int, nodeid: int, ids: tuple[int, int, int], request: Buffer) -> None:
         node = self._tree.node(nodeid)
+        peer = self._peer(ids)
         try:
             if node is None or node.is_directory:
                 raise CommandError(EIO, "no file")
-            peer = self._peer(ids)
+            if not ids[2]:
+                # The caller has no place in our PID namespace: it can be neither read nor named.
+                raise CommandError(EPERM, "caller from outside the daemon's PID namespace")
             has_pool = isinstance(node.subject, Endpoint)
             if has_pool and nodeid in self._open_nodeids:
                 if not U32.unpack_from(request, IN_HEADER_SIZE)[0]:
@@ -203,11 +212,13 @@ class Handles:
             if file.backing is not None:
                 flags, backing_id = file.backing.open_flags, file.backing.backing_id
         except CommandError as error:
+            peer.let_go()
             self._reply(unique, error.errno)
             self._traced("OPEN", ids, error.errno, f"nodeid={nodeid}", error)
             return
         self._next_fh += 1
         self._files[file.fh] = file
+        peer.let_go()
         self._reply(unique, 0, wire.OPEN_OUT.pack(file.fh, flags, backing_id))
         assert node is not None
         self._traced("OPEN", ids, 0, f"{node.name} fh={file.fh}")
@@ -239,7 +250,7 @@ class Handles:
     def _close_file(self, fh: int) -> None:
         file = self._files.pop(fh)
         # The latest call may be the file's own, and would keep alive all that it had.
-        self._current = None
+        self.current = None
         self._opens.discharge(file.uid, 1)
         file.handle.close()
         file.memory = None
@@ -265,152 +276,219 @@ class Handles:
 
     def _peer(self, ids: tuple[int, int, int]) -> Process:
         uid, gid, tid = ids
-        if not tid:
-            # The caller has no place in our PID namespace: it can be neither read nor named.
-            raise CommandError(EPERM, "caller from outside the daemon's PID namespace")
         return Process(tid, uid, gid, self._watcher)
 
     # --- ioctl
 
     def ioctl(self, request: memoryview) -> None:
-        unique, uid, gid, tid, fh, flags, code, address, in_size = _unpack_request(request)
+        """A request that has just come."""
+        ioctl = self._accept(request)
+        if ioctl is not None:
+            self._execute(ioctl, request)
+
+    def hold(self, request: memoryview) -> None:
+        """A request that has just come, but has to wait: `again` will be called with it."""
+        ioctl = self._accept(request)
+        if ioctl is not None:
+            ioctl.process.pin(self._device)
+
+    def again(self, request: memoryview) -> None:
+        """Start a request anew, unless its caller has been let go meanwhile."""
+        earlier = self._ioctls.get(_unpack_request(request)[0])
+        if earlier is None:
+            return
+        ioctl = self._accept(request)
+        assert ioctl is not None
+        ioctl.process = ioctl.peer = earlier.process.renewed()
+        ioctl.n_stalls, ioctl.interrupted = earlier.n_stalls, earlier.interrupted
+        self._execute(ioctl, request)
+
+    def note_stall(self) -> int:
+        """In the watch's thread: the current call stalls. Returns whose it is."""
+        ioctl = self.current
+        if ioctl is None:
+            return 0
+        ioctl.n_stalls += 1
+        ioctl.process.pin(self._device)
+        return ioctl.process.uid
+
+    def _accept(self, request: memoryview) -> Ioctl | None:
+        unique, uid, gid, tid, fh, flags, code, address, _ = _unpack_request(request)
         form = FORMS.get(code)
         file = self._files.get(fh)
         # The fh of a directory is pyfuse3's, and may be the same number as one of ours.
         if form is None or file is None or flags & wire.IOCTL_DIR:
             self._reply(unique, ENOTTY)
             self._traced("IOCTL", (uid, gid, tid), ENOTTY, f"{code:#x} fh={fh}")
-            return
-        peer = Process(tid, uid, gid, self._watcher)
+            return None
+        process = Process(tid, uid, gid, self._watcher)
+        ioctl = Ioctl(unique, file, code, form, process, address, self._complete)
+        self._ioctls.enter(ioctl)
         _collect(uid)
-        call = Call(code, form, peer, address, self._complete, (file, unique))
-        self._current = call
-        why = None
+        return ioctl
+
+    def _execute(self, ioctl: Ioctl, request: memoryview) -> None:
+        self.current = ioctl
         try:
-            if file.handle.execute(call, request[IOCTL_AT : IOCTL_AT + in_size]) == PENDING:
-                if call.wait is not None:
-                    self._waiting[unique] = call
+            self._try(ioctl, request)
+        except Stalled:
+            self._stalled(ioctl, request)
+        except Exception as error:
+            self._fail(ioctl, error)
+
+    def _try(self, ioctl: Ioctl, request: memoryview) -> None:
+        file, error, why = ioctl.file, 0, None
+        in_size = _unpack_request(request)[8]
+        try:
+            if file.handle.execute(ioctl, request[IOCTL_AT : IOCTL_AT + in_size]) == PENDING:
+                self._keep_waiting(ioctl)
                 return
-            error = 0
-        except (CommandError, Stalled) as failure:
-            if isinstance(failure, CommandError):
-                error = failure.errno
-                if self._trace is not None:
-                    # Without its traceback, which would keep this frame and all it holds alive.
-                    why = failure.with_traceback(None)
-            else:
-                if self._try_again(unique, request):
-                    return
-                error = EFAULT
-            if call.read and in_size and not code & _DIRECTION_READ:
+        except CommandError as failure:
+            error = failure.errno
+            if self._trace is not None:
+                # Without its traceback, which would keep this frame and all it holds alive.
+                why = failure.with_traceback(None)
+            if ioctl.read and in_size and not ioctl.code & _DIRECTION_READ:
                 (before,) = _unpack_u64(request, IOCTL_AT + 16)
-                (after,) = _unpack_u64(call.data, 16)
+                (after,) = _unpack_u64(ioctl.data, 16)
                 if not before and not after and self._trace is None:
                     # It failed, and return_flags is 0 as it was: not worth a write (1.3 us).
-                    self._hand_over(call, _pack_out_header(OUT_HEADER_SIZE, -error, unique))
+                    self._send(ioctl, _pack_out_header(OUT_HEADER_SIZE, -error, ioctl.unique))
                     return
         connection = file.handle.connection
         if connection is not None and connection.waker is None:
             connection.waker = lambda: self._wake(file)
-        self._answer(call, error, why)
+        self._answer(ioctl, error, why)
 
-    def _try_again(self, unique: int, request: memoryview) -> bool:
-        """Whether a request that stalled is left to our successor, which starts it anew."""
-        if unique in self._stalled:
-            self._stalled.discard(unique)
-            return False
-        self._stalled.add(unique)
-        self._put_back(bytes(request))
-        return True
+    def _stalled(self, ioctl: Ioctl, request: memoryview) -> None:
+        """What it had begun is undone: leave it to the successor, or to nobody, if the bus has
+        ended the call meanwhile, or its caller is gone."""
+        if ioctl.completed or self._ioctls.get(ioctl.unique) is None:
+            return
+        if ioctl.n_stalls < MAX_OF_CALL:
+            self._put_back(bytes(request))
+        else:
+            self._refuse(ioctl, EFAULT)
+
+    def _fail(self, ioctl: Ioctl, error: Exception) -> None:
+        """A broken invariant is ours alone: the caller gets EIO, the others go on."""
+        number = EIO
+        if isinstance(error, CommandError):
+            number = error.errno
+        else:
+            log.exception("ERROR: %s failed", ioctl.form.name)
+        self._refuse(ioctl, number)
+
+    def _refuse(self, ioctl: Ioctl, error: int) -> None:
+        """Answer with *error*; nothing is stored."""
+        self._send(ioctl, _pack_out_header(OUT_HEADER_SIZE, -error, ioctl.unique))
+        self._traced_call(ioctl, error)
+
+    # --- calls that wait
+
+    def _keep_waiting(self, ioctl: Ioctl) -> None:
+        if ioctl.completed:
+            return
+        ioctl.process.pin(self._device)
+        ioctl.waits = True
+        if ioctl.interrupted:
+            self._interrupt_wait(ioctl)
 
     def _complete(self, call: Call, error: int) -> None:
-        self._waiting.pop(call.origin[1], None)
+        """The bus has ended the wait of *call*. It is finished later, by itself: nothing that its
+        caller does is to hold up whoever ended it."""
+        assert isinstance(call, Ioctl)
+        call.completed = True
         self.completed.append(call)
 
     def finish(self) -> None:
-        """Answer the calls that have been completed."""
-        while self.completed:
-            call = self.completed.popleft()
-            handle, unique = call.origin[0].handle, call.origin[1]
-            _collect(call.peer.uid)
-            try:
-                error = handle.finish(call)
-            except Stalled:
-                if unique not in self._stalled:
-                    self._stalled.add(unique)
-                    self.completed.append(call)
-                    self._wake_router()
-                    return
-                handle.abandon(call)
-                error = EFAULT
-            except CommandError as failure:
-                error = failure.errno
-            except Exception:
-                log.exception("ERROR: a call was not finished")
-                error = EIO
+        """Answer one of the calls in `completed`."""
+        ioctl = self.completed.popleft()
+        handle = ioctl.file.handle
+        _collect(ioctl.process.uid)
+        if self._ioctls.get(ioctl.unique) is not ioctl:
+            handle.abandon(ioctl)
+            return
+        self.current = ioctl
+        try:
+            error = handle.finish(ioctl)
             if error == EINTR:
-                self._restart(call)
+                self._restart(ioctl)
             else:
-                self._answer(call, error)
+                self._answer(ioctl, error)
+        except Stalled:
+            if ioctl.n_stalls < MAX_OF_CALL:
+                self.completed.append(ioctl)
+                self._wake_router()
+            else:
+                handle.abandon(ioctl)
+                self._refuse(ioctl, EFAULT)
+        except Exception as error:
+            self._fail(ioctl, error)
 
-    def _answer(self, call: Call, error: int, why: CommandError | None = None) -> None:
-        """Store the results of *call* in its caller's memory and let it go."""
-        delivery: Delivery | None = call.fds
-        if delivery is not None:
-            # The latest call is remembered, but must keep nobody's files open.
-            call.fds = None
-            if not error:
-                self._deliver(call, delivery)
-                return
-            delivery.release()
-        if self._stalled:
-            self._stalled.discard(call.origin[1])
-        self._hand_over(call, self._result(call, error))
-        if self._trace is not None:
-            self._trace.call(call, error, why)
+    # --- answers
 
-    def _hand_over(self, call: Call, result: bytes) -> None:
-        """Give *call* its answer, as soon as what it let go of is closed (`peer.closers`)."""
+    def _send(self, ioctl: Ioctl, reply: bytes, has_turn: bool = True) -> None:
+        """Answer *ioctl*, unless it has been answered. *has_turn*: this is the router's thread."""
+        if not self._ioctls.settle(ioctl):
+            return
+        # As soon as what the call let go of is closed (`peer.closers`).
         closing = _collected()
         if closing is not None:
-            closing.when_done(lambda: self._write(result))
-        elif call is self._current:
-            self.reply = result
+            closing.when_done(lambda: self._write(reply))
+        elif has_turn and not self.reply:
+            self.reply = reply
         else:
-            self._write(result)
+            self._write(reply)
 
-    def _result(self, call: Call, error: int) -> bytes:
-        """The reply to *call*; what FUSE does not carry back itself has been written."""
-        unique = call.origin[1]
-        if not call.read:
-            return wire.OUT_HEADER.pack(OUT_HEADER_SIZE, -error, unique)
-        start, end = call.store_on_error if error else call.store
-        if call.code & _DIRECTION_READ:
+    def _answer(self, ioctl: Ioctl, error: int, why: CommandError | None = None) -> None:
+        """Store the results of *ioctl* in its caller's memory and let it go."""
+        delivery: Delivery | None = ioctl.fds
+        if delivery is not None:
+            # The latest call is remembered, but must keep nobody's files open.
+            ioctl.fds = None
+            if not error:
+                self._deliver(ioctl, delivery)
+                return
+            delivery.release()
+        reply, has_turn = self._result(ioctl, error)
+        self._send(ioctl, reply, has_turn)
+        self._traced_call(ioctl, error, why)
+
+    def _result(self, ioctl: Ioctl, error: int) -> tuple[bytes, bool]:
+        """The reply to *ioctl*; what FUSE does not carry back itself has been written. And whether
+        this thread still runs the bus, after that."""
+        unique = ioctl.unique
+        if not ioctl.read:
+            return _pack_out_header(OUT_HEADER_SIZE, -error, unique), True
+        start, end = ioctl.store_on_error if error else ioctl.store
+        if ioctl.code & _DIRECTION_READ:
             header = _pack_ioctl_out(_IOCTL_OUT_SIZE + end, 0, unique, -error, 0, 0, 0)
-            return header + call.data[:end]
-        try:
-            call.peer.write(call.address + start, call.data[start:end])
-        except (Fault, Stalled):
-            error = EFAULT
-        return _pack_ioctl_out(_IOCTL_OUT_SIZE, 0, unique, -error, 0, 0, 0)
+            return header + ioctl.data[:end], True
+        address = ioctl.address + start
+        fault, has_turn = ioctl.process.store(address, ioctl.data[start:end])
+        error = fault or error
+        return _pack_ioctl_out(_IOCTL_OUT_SIZE, 0, unique, -error, 0, 0, 0), has_turn
 
     # --- descriptors for the caller
 
-    def _deliver(self, call: Call, delivery: Delivery) -> None:
-        connection = call.origin[0].handle.connection
+    def _deliver(self, ioctl: Ioctl, delivery: Delivery) -> None:
+        connection = ioctl.file.handle.connection
         assert connection is not None
-        if call.code in _BY_SOCKET and isinstance(connection.fd_socket, FileDescriptor):
+        if ioctl.code in _BY_SOCKET and isinstance(connection.fd_socket, FileDescriptor):
             complete = self._send_fds(connection.fd_socket, delivery)
             delivery.release()
-            self._put_return_flags(call, 0 if complete and delivery.accepted else _INCOMPLETE)
-            self._hand_over(call, self._result(call, 0))
-            if self._trace is not None:
-                self._trace.call(call, 0)
+            self._put_return_flags(ioctl, 0 if complete and delivery.accepted else _INCOMPLETE)
+            reply, has_turn = self._result(ioctl, 0)
+            self._send(ioctl, reply, has_turn)
+            self._traced_call(ioctl, 0)
         else:
             # The flags are stored for the worst case first, and mended when it did not come.
-            self._put_return_flags(call, _INCOMPLETE)
-            reply = self._result(call, 0)
-            self._workers.submit(self._install, call, delivery, reply)
+            self._put_return_flags(ioctl, _INCOMPLETE)
+            reply, _ = self._result(ioctl, 0)
+            tid = ioctl.process.thread()
+            if self._ioctls.settle(ioctl):
+                self._workers.submit(self._install, ioctl, tid, delivery, reply)
 
     def _send_fds(self, to: FileDescriptor, delivery: Delivery) -> bool:
         """Send descriptors over a connection's own socket; False if it would not take them."""
@@ -429,8 +507,8 @@ class Handles:
         """Set msg.return_flags (RECV) or reply.return_flags (SEND)."""
         U64.pack_into(call.data, call.store[1] - 8, flags)
 
-    def _install(self, call: Call, delivery: Delivery, reply: bytes) -> None:
-        """In a worker: answer the call and put descriptors into its caller's table."""
+    def _install(self, call: Call, tid: int, delivery: Delivery, reply: bytes) -> None:
+        """In a worker: answer the call of thread *tid* and put descriptors into its table."""
         _collect(call.peer.uid)
         fds = [d.fd for d in delivery.descriptors if isinstance(d, FileDescriptor)]
         numbers = ffi.new("int32_t[]", [-1] * max(len(fds), 1))
@@ -440,14 +518,14 @@ class Handles:
             self._device,
             reply,
             len(reply),
-            call.peer.tid,
+            tid,
             ffi.new("int32_t[]", fds),
             len(fds),
             numbers,
             _TRACER_TIMEOUT_NS,
         )
         if error:
-            log.debug("descriptors not installed in %d: %s", call.peer.tid, os.strerror(-error))
+            log.debug("descriptors not installed in %d: %s", tid, os.strerror(-error))
             delivery.release()
             self._wait_for_closing()
             self._write(reply)
@@ -456,15 +534,14 @@ class Handles:
                 flags = delivery.installed(list(numbers)[: len(fds)])
                 if not flags:
                     at = call.address + call.store[1] - 8
-                    lib.kdbusfs_vm_write_held(call.peer.tid, at, bytes(8), 8)
+                    lib.kdbusfs_vm_write_held(tid, at, bytes(8), 8)
                 delivery.release()
                 self._wait_for_closing()
             finally:
                 lib.kdbusfs_install_end(state)
         else:
             delivery.release()
-        if self._trace is not None:
-            self._trace.call(call, 0)
+        self._traced_call(call, 0)
 
     @staticmethod
     def _wait_for_closing() -> None:
@@ -476,28 +553,52 @@ class Handles:
     # --- signals
 
     def interrupt(self, request: Buffer) -> None:
-        """A signal is pending for the caller of one of our calls; only those that wait care."""
+        """A signal is pending for the caller of one of our calls. FUSE says so once only."""
         (unique,) = U64.unpack_from(request, IN_HEADER_SIZE)
-        call = self._waiting.get(unique)
-        if call is not None:
-            connection = call.origin[0].handle.connection
-            assert connection is not None
-            connection.bus.interrupt(call)
+        ioctl = self._ioctls.get(unique)
+        if ioctl is None or ioctl.completed:
+            return
+        if ioctl.waits:
+            self._interrupt_wait(ioctl)
+        else:
+            ioctl.interrupted = True
+            self._interrupted.add(unique)
+            self.look_for_killed()
 
-    def _restart(self, call: Call) -> None:
-        reply = self._result(call, EINTR)
-        self._workers.submit(self._restart_in_worker, call, reply)
+    def _interrupt_wait(self, ioctl: Ioctl) -> None:
+        connection = ioctl.file.handle.connection
+        assert connection is not None
+        connection.bus.interrupt(ioctl)
 
-    def _restart_in_worker(self, call: Call, reply: bytes) -> None:
+    @property
+    def has_interrupted(self) -> bool:
+        """Whether `look_for_killed` is to be called now and then."""
+        return bool(self._interrupted)
+
+    def look_for_killed(self) -> None:
+        """Let those go at once who stall, or have to wait, and are killed: else they could not
+        end. Whether the signal of an interruption, or one that came after it, is SIGKILL, is
+        nothing that FUSE tells."""
+        for unique in list(self._interrupted):
+            ioctl = self._ioctls.get(unique)
+            if ioctl is None or ioctl.waits:
+                self._interrupted.discard(unique)
+            elif ioctl.process.is_killed():
+                self._refuse(ioctl, EINTR)
+
+    def _restart(self, ioctl: Ioctl) -> None:
+        reply, _ = self._result(ioctl, EINTR)
+        tid = ioctl.process.thread()
+        if self._ioctls.settle(ioctl):
+            self._workers.submit(self._restart_in_worker, ioctl, tid, reply)
+
+    def _restart_in_worker(self, call: Call, tid: int, reply: bytes) -> None:
         """Answer with EINTR in such a way that the kernel restarts the call where it should."""
-        error = lib.kdbusfs_interrupt(
-            self._device, reply, len(reply), call.peer.tid, _TRACER_TIMEOUT_NS
-        )
+        error = lib.kdbusfs_interrupt(self._device, reply, len(reply), tid, _TRACER_TIMEOUT_NS)
         if error:
-            log.debug("plain EINTR for %d: %s", call.peer.tid, os.strerror(-error))
+            log.debug("plain EINTR for %d: %s", tid, os.strerror(-error))
             self._write(reply)
-        if self._trace is not None:
-            self._trace.call(call, EINTR)
+        self._traced_call(call, EINTR)
 
     # --- poll
 
@@ -544,6 +645,10 @@ class Handles:
         error = EOPNOTSUPP if name == "FALLOCATE" else EINVAL
         self._reply(unique, error)
         self._traced(name, ids, error, "")
+
+    def _traced_call(self, call: Call, error: int, why: CommandError | None = None) -> None:
+        if self._trace is not None:
+            self._trace.call(call, error, why)
 
     def _traced(
         self,

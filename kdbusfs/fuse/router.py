@@ -9,30 +9,24 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
-from ..abi.errors import CommandError
 from ..abi.items import Buffer
 from ..abi.structs import U32
 from ..bus.domain import Domain
 from ..native import ffi, lib
 from ..peer.process import renew_scratch
-from ..peer.procfs import Status
-from ..peer.turn import TURN
+from ..peer.stall import TURN, Crew, fail
 from . import wire
 from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
 from .handles import Handles
 from .invalidator import Invalidator
 from .relay import Relay
-from .storer import Storer
 from .trace import Trace
 from .tree import Tree
-from .watchdog import Watchdog
 from .watches import Watches
 from .wire import IN_HEADER, OUT_HEADER, OUT_HEADER_SIZE, Opcode
 
@@ -47,8 +41,10 @@ _unpack_u32 = U32.unpack_from
 _IOCTL = int(Opcode.IOCTL)
 _POLL = int(Opcode.POLL)
 _READ = int(Opcode.READ)
-_PAGES = frozenset({_READ, int(Opcode.WRITE)})
-"""What the kernel asks with a page locked: a fault, or a client's scribbling to be written back."""
+_UID_AT = 24
+"""Offset of uid in struct fuse_in_header."""
+_LOOK_NS = 50_000_000
+"""How often a caller that can't be let go is looked at, in case it is killed."""
 
 
 class Router:
@@ -89,12 +85,13 @@ class Router:
             self._put_back,
             self._watches.wake,
         )
-        self._watchdog = Watchdog(self._is_blocked, self._take_over)
+        self._crew = Crew(self._run, self._note_stall, self._watches.wake)
         self._quiet_until = 0
-        self._tid = 0
-        """The router's thread, as the system calls it."""
-        self._backlog: deque[bytearray] = deque()
-        self._storer = Storer(device)
+        self._backlog: deque[bytes] = deque()
+        """Requests to be started anew."""
+        self._kept: dict[int, deque[bytes]] = {}
+        """By uid, requests of those whose calls stall too often already."""
+        self._kept_is_next = False
         self.has_pools = True
         """Whether the kernel can do the kind of pool that is wanted."""
 
@@ -105,26 +102,11 @@ class Router:
         called when the kernel has been answered first, *on_end* at the end."""
         self._on_initialised = on_initialised
         self._on_end = on_end
-        TURN.acquire()
-        self._watchdog.start()
         self._invalidator.start()
-        self._start_thread()
+        self._crew.start()
 
-    def _start_thread(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="kdbusfs-router", daemon=True)
-        self._thread.start()
-
-    def _is_blocked(self) -> bool:
-        """Whether the router's thread sleeps, as opposed to waiting for its turn on a busy CPU."""
-        try:
-            status = Status(self._tid)
-        except CommandError:
-            # No descriptor to look with: what can't be told does not hold up the others.
-            return True
-        return not status.field(b"State").strip().startswith(b"R")
-
-    def _take_over(self) -> None:
-        """The router's thread is stuck in a caller's memory: have another go on, in its turn."""
+    def _note_stall(self) -> int:
+        """The router's thread stalls, and another one is about to go on."""
         now = time.monotonic_ns()
         if now >= self._quiet_until:
             # Whoever does it on purpose is not to fill the log.
@@ -132,69 +114,87 @@ class Router:
             log.warning("a caller's memory does not fault in: another thread takes over")
         renew_scratch()
         self._watches.keep_waking()
-        self._start_thread()
+        return self._handles.note_stall()
 
     def _put_back(self, request: bytes) -> None:
-        """In a thread that was overtaken: leave a request to the successor."""
-        self._backlog.append(bytearray(request))
+        """In a thread that stalled: leave a request to the successor."""
+        self._backlog.append(request)
         self._watches.wake()
 
     def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self._loop()
         except Exception:
             log.exception("ERROR: the router ended")
-        if threading.current_thread() is self._thread:
-            self._close()
-            TURN.release()
-            self._on_end()
-        else:
-            self._write_reply()
-            TURN.release()
+        if not self._crew.is_overtaken():
+            try:
+                self._close()
+            finally:
+                self._on_end()
 
     def _loop(self) -> None:
         """Holding the turn: handle requests until the mount is gone, or somebody took over."""
-        domain, watches, handles = self._domain, self._watches, self._handles
-        watchdog, me = self._watchdog, threading.current_thread()
-        self._tid = threading.get_native_id()
+        domain, watches, handles, crew = self._domain, self._watches, self._handles, self._crew
+        me, completed = crew.current, self._handles.completed
         buffer = bytearray(_BUFFER_SIZE)
         device, spin = self._device, self._spin_ns
         pointer, size = ffi.from_buffer(buffer), len(buffer)
         view = memoryview(buffer)
         next_request, monotonic = lib.kdbusfs_next, time.monotonic_ns
         acquire, release = TURN.acquire, TURN.release
-        while self._thread is me:
-            if handles.completed:
+        while crew.current is me:
+            if completed:
+                self._write_reply()
                 handles.finish()
                 continue
-            if self._backlog:
+            if (self._backlog or self._kept) and (request := self._next_kept()) is not None:
                 self._write_reply()
-                request = self._backlog.popleft()
-                self._dispatch(memoryview(request), len(request))
+                handles.again(memoryview(request))
                 continue
-            timeout = -1
+            timeout = _LOOK_NS if handles.has_interrupted else -1
             if domain.watches_deadlines:
                 deadline = domain.next_deadline()
                 if deadline is not None:
-                    timeout = min(max(deadline - monotonic(), 0), _LONGEST_WAIT_NS)
+                    left = min(max(deadline - monotonic(), 0), _LONGEST_WAIT_NS)
+                    timeout = left if timeout < 0 else min(left, timeout)
             reply, handles.reply = handles.reply, b""
             release()
             n = next_request(
                 device, reply, len(reply), watches.fd, pointer, size, timeout, spin
             )
             acquire()
-            if watchdog.asleep:
-                watchdog.wake()
             if n > 0:
                 self._dispatch(view, n)
             elif n == -errno.ENODEV:
                 return
             elif n == 0 or n in (-errno.EINTR, -errno.ENOENT):
-                watches.dispatch()
-                domain.expire()
+                self._look_around()
             else:
                 raise OSError(-n, os.strerror(-n))
+
+    def _look_around(self) -> None:
+        """No request is there: see to what else there is to do."""
+        try:
+            self._watches.dispatch()
+            self._domain.expire()
+            self._handles.look_for_killed()
+        except Exception:
+            log.exception("ERROR: an event was not handled")
+
+    def _next_kept(self) -> bytes | None:
+        """A request that was left by somebody who stalled, or of a user who has its share of
+        calls again; the latter only every other time, so that others get theirs."""
+        if self._backlog:
+            return self._backlog.popleft()
+        self._kept_is_next = not self._kept_is_next
+        if self._kept_is_next:
+            for uid, queue in self._kept.items():
+                if not self._crew.users.has_its_share(uid):
+                    request = queue.popleft()
+                    if not queue:
+                        del self._kept[uid]
+                    return request
+        return None
 
     def _write_reply(self) -> None:
         reply, self._handles.reply = self._handles.reply, b""
@@ -202,15 +202,15 @@ class Router:
             self._write(reply)
 
     def _close(self) -> None:
-        self._watchdog.close()
+        self._crew.close()
         self._handles.close()
         self._invalidator.close()
-        self._storer.close()
-        self._watches.close()
 
     def _dispatch(self, request: memoryview, size: int) -> None:
         try:
             if _unpack_u32(request, 4)[0] == _IOCTL:
+                if self._crew.users and self._has_to_wait(request, size):
+                    return
                 self._handles.ioctl(request)
                 return
             _, opcode, unique, nodeid, uid, gid, tid, _, _ = _unpack_header(request)
@@ -224,6 +224,15 @@ class Router:
             _, opcode, unique, *_ = _unpack_header(request)
             log.exception("ERROR: request %d failed", opcode)
             self._write(OUT_HEADER.pack(OUT_HEADER_SIZE, -errno.EIO, unique))
+
+    def _has_to_wait(self, request: memoryview, size: int) -> bool:
+        """Whether a command is kept for later, since too many of the same user's stall."""
+        uid = _unpack_u32(request, _UID_AT)[0]
+        if uid not in self._kept and not self._crew.users.has_its_share(uid):
+            return False
+        self._kept.setdefault(uid, deque()).append(bytes(request[:size]))
+        self._handles.hold(request)
+        return True
 
     def _dispatch_rare(
         self, opcode: int, unique: int, nodeid: int, ids: tuple[int, int, int], request: memoryview
@@ -272,35 +281,29 @@ class Router:
             return PassthroughBacking(self._device, uid)
         direct_io = bool(self.relay.kernel_flags2 & wire.FLAG2_DIRECT_IO_ALLOW_MMAP)
         return CacheBacking(
-            lambda offset, data: self._store(nodeid, offset, data),
+            lambda offset, data: self._push(nodeid, offset, data),
             lambda size: self._tree.set_size(nodeid, size),
             direct_io,
         )
 
-    def _store(self, nodeid: int, offset: int, data: Buffer) -> None:
-        """Push *data* into the page cache of *nodeid*.
+    def _push(self, nodeid: int, offset: int, data: Buffer) -> None:
+        """Push *data* into the page cache of *nodeid* (FUSE_NOTIFY_STORE).
 
         That waits for pages which a client is just faulting in, or which it has written to and
-        the kernel wants to have written back, and the answer is ours to give. So another thread
-        does the push, while this one answers such requests; whatever else comes in meanwhile is
-        kept for later, in order.
+        the kernel wants to have written back, and the answer is ours to give. So it is one more
+        thing that may stall: then another thread gives that answer.
         """
-        if threading.current_thread() is not self._thread:
-            self._storer.store(nodeid, offset, data)
-            return
-        done = self._storer.submit(nodeid, offset, data)
-        buffer = bytearray(_BUFFER_SIZE)
-        while not self._storer.is_done():
-            pointer, size = ffi.from_buffer(buffer), len(buffer)
-            n = lib.kdbusfs_next(self._device, b"", 0, done, pointer, size, -1, 0)
-            if n <= 0:
-                if n == -errno.ENODEV:
-                    return
-                continue
-            if _unpack_header(buffer)[1] in _PAGES:
-                self._dispatch(memoryview(buffer), n)
-            else:
-                self._backlog.append(buffer[:n])
+        size = wire.NOTIFY_STORE.size + len(data)
+        header = wire.NOTIFY_STORE.pack(
+            size, wire.NOTIFY_CODE_STORE, 0, nodeid, offset, len(data), 0
+        )
+        push = lib.kdbusfs_push_held if self._crew.is_overtaken() else lib.kdbusfs_push
+        error = push(self._device, header, len(header), ffi.from_buffer(data), len(data))
+        if error == -errno.ESTALE:
+            fail(error)
+        if error:
+            # ENOENT: the inode is gone, nobody maps it any more.
+            log.debug("slice not pushed: %s", os.strerror(-error))
 
 
 _REFUSED = frozenset(

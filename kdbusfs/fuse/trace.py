@@ -21,6 +21,7 @@ from ..abi.numbers import (
     SendFlag,
 )
 from ..abi.structs import U64
+from .ioctl import Ioctl
 
 if TYPE_CHECKING:
     from ..bus.call import Call
@@ -64,7 +65,8 @@ class Trace:
 
     def call(self, call: Call, error: int, why: CommandError | None = None) -> None:
         """One command."""
-        file, _ = call.origin
+        assert isinstance(call, Ioctl)
+        file = call.file
         words = [f"fh={file.fh}"]
         connection = file.handle.connection
         if connection is not None:

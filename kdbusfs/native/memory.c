@@ -8,8 +8,11 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/futex.h>
+#include <poll.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -17,6 +20,7 @@
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
 #include <fcntl.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "memory.h"
@@ -28,28 +32,102 @@
 #define PAGE 4096ULL
 
 /* Odd while an operation is under way; an operation that finds another value at its end has
- * been overtaken. One thread at a time begins operations. */
+ * been overtaken. One thread at a time begins operations: which, is in @worker. */
 static _Atomic uint64_t operation;
+static _Atomic int32_t worker;
+/* Whether kdbusfs_watch() sleeps until there is an operation. */
+static _Atomic int watch_asleep;
+static _Atomic int watch_ended;
 
-uint64_t kdbusfs_operation_begin(void)
+static void futex(int op, uint32_t value, const struct timespec *timeout)
 {
-	return atomic_fetch_add(&operation, 1) + 1;
+	/* the low half of @operation, which is the first one on little-endian machines */
+	char *half = (char *)&operation + (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? 4 : 0);
+
+	syscall(SYS_futex, half, op | FUTEX_PRIVATE_FLAG, value, timeout, NULL, 0);
 }
 
-int kdbusfs_operation_end(uint64_t number)
+static uint64_t begin(void)
+{
+	static _Thread_local int32_t self;
+	uint64_t number;
+
+	if (!self)
+		self = syscall(SYS_gettid);
+	atomic_store_explicit(&worker, self, memory_order_relaxed);
+	number = atomic_fetch_add(&operation, 1) + 1;
+	if (atomic_load(&watch_asleep))
+		futex(FUTEX_WAKE, 1, NULL);
+	return number;
+}
+
+static int end(uint64_t number)
 {
 	return atomic_compare_exchange_strong(&operation, &number, number + 1) ? 0 : -ESTALE;
 }
 
-uint64_t kdbusfs_operation(void)
+/* Returns 0 if operation @number was still under way, and is no more. */
+int kdbusfs_overtake(uint64_t number)
 {
-	return atomic_load(&operation);
+	return end(number);
 }
 
-/* Returns 0 if operation @number was still under way, and is no more. */
-int kdbusfs_operation_overtake(uint64_t number)
+/* Whether a thread of ours waits for something, as opposed to running or wanting a CPU. */
+static int is_asleep(int32_t tid)
 {
-	return kdbusfs_operation_end(number);
+	char path[64], text[128];
+	const char *state;
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/task/%d/stat", tid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 1; /* no descriptor to look with; whoever can't be told of holds up nobody */
+	n = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	text[n > 0 ? n : 0] = 0;
+	state = strrchr(text, ')');
+	return state && (state[2] == 'S' || state[2] == 'D');
+}
+
+/*
+ * Waits until an operation stalls: it is the same at two looks, @period_ns apart, and its thread
+ * asleep. Returns its number, 0 after kdbusfs_watch_end(). Looks only while there are operations:
+ * after some fruitless looks it sleeps until there is one.
+ */
+uint64_t kdbusfs_watch(int64_t period_ns)
+{
+	struct timespec period = { period_ns / 1000000000, period_ns % 1000000000 };
+	uint64_t number, seen = 0;
+	int n_quiet = 0;
+
+	while (!atomic_load(&watch_ended)) {
+		number = atomic_load(&operation);
+		if (number != seen) {
+			seen = number;
+			n_quiet = 0;
+		} else if (number & 1) {
+			if (is_asleep(atomic_load(&worker)))
+				return number;
+		} else if (++n_quiet > 20) {
+			atomic_store(&watch_asleep, 1);
+			futex(FUTEX_WAIT, (uint32_t)number, NULL);
+			atomic_store(&watch_asleep, 0);
+			n_quiet = 0;
+			continue;
+		}
+		nanosleep(&period, NULL);
+	}
+	return 0;
+}
+
+void kdbusfs_watch_end(void)
+{
+	atomic_store(&watch_ended, 1);
+	/* So that a futex that is about to sleep finds another value. */
+	atomic_fetch_add(&operation, 2);
+	futex(FUTEX_WAKE, 1, NULL);
 }
 
 static int64_t vm_read(int32_t tid, uint64_t address, void *to, uint64_t size)
@@ -63,10 +141,10 @@ static int64_t vm_read(int32_t tid, uint64_t address, void *to, uint64_t size)
 
 int64_t kdbusfs_vm_read(int32_t tid, uint64_t address, void *to, uint64_t size)
 {
-	uint64_t number = kdbusfs_operation_begin();
+	uint64_t number = begin();
 	int64_t r = vm_read(tid, address, to, size);
 
-	return kdbusfs_operation_end(number) < 0 ? -ESTALE : r;
+	return end(number) < 0 ? -ESTALE : r;
 }
 
 /* As much of the range as is there, at least one byte. An iovec is read in full or not at all,
@@ -87,23 +165,14 @@ int64_t kdbusfs_vm_read_some(int32_t tid, uint64_t address, void *to, uint64_t s
 		address += piece;
 		size -= piece;
 	}
-	number = kdbusfs_operation_begin();
+	number = begin();
 	r = process_vm_readv(tid, &here, 1, there, n, 0);
-	if (kdbusfs_operation_end(number) < 0)
+	if (end(number) < 0)
 		return -ESTALE;
 	return r <= 0 ? -EFAULT : r;
 }
 
-int64_t kdbusfs_vm_write(int32_t tid, uint64_t address, const void *from, uint64_t size)
-{
-	uint64_t number = kdbusfs_operation_begin();
-	int64_t r = kdbusfs_vm_write_held(tid, address, from, size);
-
-	return kdbusfs_operation_end(number) < 0 ? -ESTALE : r;
-}
-
-/* The same for a thread of ours that does not touch the bus, and so may wait. */
-int64_t kdbusfs_vm_write_held(int32_t tid, uint64_t address, const void *from, uint64_t size)
+static int64_t vm_write(int32_t tid, uint64_t address, const void *from, uint64_t size)
 {
 	struct iovec here = { (void *)(uintptr_t)from, size };
 	struct iovec there = { (void *)(uintptr_t)address, size };
@@ -113,23 +182,99 @@ int64_t kdbusfs_vm_write_held(int32_t tid, uint64_t address, const void *from, u
 	return size;
 }
 
+int64_t kdbusfs_vm_write(int32_t tid, uint64_t address, const void *from, uint64_t size)
+{
+	uint64_t number = begin();
+	int64_t r = vm_write(tid, address, from, size);
+
+	return end(number) < 0 ? -ESTALE : r;
+}
+
+/* The same for what is to be written in any case, even if the operation is overtaken: then 1 for
+ * what was written, 2 for what could not be. Else 0 or -EFAULT. */
+int64_t kdbusfs_vm_store(int32_t tid, uint64_t address, const void *from, uint64_t size)
+{
+	uint64_t number = begin();
+	int failed = vm_write(tid, address, from, size) < 0;
+
+	if (end(number) < 0)
+		return failed ? 2 : 1;
+	return failed ? -EFAULT : 0;
+}
+
+/* The same for a thread of ours that does not touch the bus, and so may wait. */
+int64_t kdbusfs_vm_write_held(int32_t tid, uint64_t address, const void *from, uint64_t size)
+{
+	return vm_write(tid, address, from, size);
+}
+
+/* As much of /proc/@tid/cmdline as fits, which is memory of that process. */
+int64_t kdbusfs_read_cmdline(int32_t tid, void *to, uint64_t size)
+{
+	uint64_t number;
+	char path[64];
+	ssize_t n;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/cmdline", tid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	number = begin();
+	n = read(fd, to, size);
+	n = n < 0 ? -errno : n;
+	close(fd);
+	return end(number) < 0 ? -ESTALE : n;
+}
+
+static int64_t push(int device, const void *header, uint64_t n_header, const void *data,
+		    uint64_t size)
+{
+	struct iovec parts[] = {
+		{ (void *)(uintptr_t)header, n_header },
+		{ (void *)(uintptr_t)data, size },
+	};
+
+	return writev(device, parts, 2) < 0 ? -errno : 0;
+}
+
+/* Writes a notification that puts @data into a page cache, which waits for the pages' locks. */
+int64_t kdbusfs_push(int device, const void *header, uint64_t n_header, const void *data,
+		     uint64_t size)
+{
+	uint64_t number = begin();
+	int64_t r = push(device, header, n_header, data, size);
+
+	return end(number) < 0 ? -ESTALE : r;
+}
+
+/* The same for a thread of ours that does not touch the bus, and so may wait. */
+int64_t kdbusfs_push_held(int device, const void *header, uint64_t n_header, const void *data,
+			  uint64_t size)
+{
+	return push(device, header, n_header, data, size);
+}
+
 /* Copy (address, size) pairs back to back; address 0 stands for zeros. */
 int64_t kdbusfs_vm_fill(int32_t tid, void *to, const uint64_t *segments, uint64_t n_segments)
 {
-	uint64_t number = kdbusfs_operation_begin();
+	uint64_t number = begin();
 	char *at = to;
 	int failed = 0;
 
 	for (uint64_t i = 0; i < n_segments && !failed; i++) {
 		uint64_t address = segments[2 * i], size = segments[2 * i + 1];
 
+		/* Overtaken: the caller may have been let go. */
+		if (atomic_load(&operation) != number)
+			break;
 		if (!address)
 			memset(at, 0, size);
 		else if (vm_read(tid, address, at, size) < 0)
 			failed = 1;
 		at += size;
 	}
-	if (kdbusfs_operation_end(number) < 0)
+	if (end(number) < 0)
 		return -ESTALE;
 	return failed ? -EFAULT : at - (char *)to;
 }
@@ -161,6 +306,17 @@ int kdbusfs_pidfd_open_process(int32_t pid)
 	int fd = syscall(SYS_pidfd_open, pid, 0);
 
 	return fd < 0 ? -errno : fd;
+}
+
+/*
+ * Whether a thread of which @pidfd is (-1: none) still lives, and the kernel still holds callers
+ * for @device: when that connection is aborted, it lets go of all of them by itself.
+ */
+int kdbusfs_is_held(int device, int pidfd)
+{
+	struct pollfd fds[2] = { { device, 0, 0 }, { pidfd, POLLIN, 0 } };
+
+	return poll(fds, 2, 0) >= 0 && !(fds[0].revents & (POLLERR | POLLNVAL)) && !fds[1].revents;
 }
 
 int kdbusfs_pidfd_getfd(int pidfd, int fd)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from errno import ENOMEM
 from typing import Any
@@ -11,15 +12,17 @@ from ..abi.errors import CommandError
 from ..abi.items import Buffer
 from ..native import ffi, lib
 
+_PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+
 
 class PoolMemory:
     """*size* bytes that are the file *fd*, or private ones without. The real `bus.peer.Memory`.
 
-    *on_publish* pushes a range to the client where it does not see ours; *on_seal* is called when
+    *on_publish* pushes pages to the client where it does not see ours; *on_seal* is called when
     the pool's size is final. The pages come into being as they are touched.
     """
 
-    __slots__ = ("_on_publish", "_on_seal", "_view", "pointer", "size")
+    __slots__ = ("__weakref__", "_on_publish", "_on_seal", "_view", "pointer", "size")
 
     def __init__(
         self,
@@ -45,7 +48,9 @@ class PoolMemory:
 
     def publish(self, offset: int, size: int) -> None:
         if self._on_publish is not None:
-            self._on_publish(offset, self._view[offset : offset + size])
+            # Whole pages, which the kernel then never has to ask for.
+            start, end = offset & -_PAGE_SIZE, (offset + size + _PAGE_SIZE - 1) & -_PAGE_SIZE
+            self._on_publish(start, self._view[start : min(end, self.size)])
 
     def seal(self) -> None:
         if self._on_seal is not None:

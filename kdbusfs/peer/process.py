@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Sequence
-from errno import EBADF, EINVAL, EPERM
+from errno import EBADF, EFAULT, EINVAL, EPERM, ESTALE
 
-from ..abi.errors import CommandError
+from ..abi.errors import CommandError, Fault
 from ..abi.items import Buffer
 from ..abi.numbers import AttachFlag
 from ..bus.metadata import Facts, PidNamespace
@@ -19,8 +19,8 @@ from .descriptors import FileDescriptor, Watcher, charge
 from .memory import PoolMemory
 from .namespaces import OWN_USER, own_number, pid_namespace, user_namespace
 from .procfs import CAP_IPC_OWNER, Status
+from .stall import fail, leave
 from .table import TABLE, check_exhausted
-from .turn import Operation, fail
 
 _STATUS = int(
     AttachFlag.CREDS | AttachFlag.PIDS | AttachFlag.AUXGROUPS | AttachFlag.CAPS
@@ -33,65 +33,146 @@ _vm_read = lib.kdbusfs_vm_read
 _vm_read_some = lib.kdbusfs_vm_read_some
 _vm_write = lib.kdbusfs_vm_write
 _vm_fill = lib.kdbusfs_vm_fill
+_vm_store = lib.kdbusfs_vm_store
+_NOT_STORED = 2
+"""What kdbusfs_vm_store() returns if others went first and the store has failed as well."""
+_read_cmdline = lib.kdbusfs_read_cmdline
+_ARGV0_MAX = 32768
 _from_buffer = ffi.from_buffer
 
 
 def renew_scratch() -> None:
-    """Let a thread that was overtaken in a read have the old buffer for itself."""
+    """Let a thread that stalled in a read have the old buffer for itself."""
     global _scratch, _scratch_pointer
     _scratch = bytearray(len(_scratch))
     _scratch_pointer = ffi.from_buffer(_scratch)
 
 
-class Process:
-    """A caller, known by its thread id and filesystem ids from the request.
+class NotHeld(Exception):
+    """A fault of ours: the process was let go, and must not be touched any more."""
 
-    It is held in its call until that is answered, even if it is killed meanwhile, so the thread
-    id can't come to mean anybody else. One thread of the daemon uses all of these.
+
+class _Pin:
+    """A thread as it was once: its pidfd, or before Linux 6.9 when it started."""
+
+    __slots__ = ("_device", "_pidfd", "_started", "_tid")
+
+    def __init__(self, tid: int, device: int) -> None:
+        self._tid = tid
+        self._device = device
+        self._pidfd: int = lib.kdbusfs_pidfd_open(tid)
+        self._started = procfs.start_time(tid) if self._pidfd < 0 else None
+
+    def is_held(self) -> bool:
+        """Whether the thread lives, and the kernel has not let go of all callers by itself."""
+        if not lib.kdbusfs_is_held(self._device, max(self._pidfd, -1)):
+            return False
+        if self._pidfd >= 0:
+            return True
+        return self._started is not None and procfs.start_time(self._tid) == self._started
+
+    def __del__(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+
+
+class Process:
+    """A thread that is held in a request of ours, known by its id and filesystem ids from there.
+
+    The kernel holds it until the request is answered, even if it is killed meanwhile, so the
+    thread id can't come to mean anybody else. Whoever gives the answer calls `let_go` first; from
+    then on every access is NotHeld, so that nothing is ever read from, written to or taken from a
+    thread that may be somewhere else. A request that is kept for long is pinned: the kernel lets
+    all callers go by itself when the connection is aborted, and each later access looks first.
+    One thread of the daemon uses all of these.
     """
 
-    __slots__ = ("_status", "_watcher", "gid", "tid", "uid")
+    __slots__ = ("_held", "_pin", "_status", "_watcher", "gid", "tid", "uid")
 
     def __init__(self, tid: int, uid: int, gid: int, watcher: Watcher) -> None:
         self.tid = tid
+        """For the log; `thread` is what accesses use."""
         self.uid = uid
         self.gid = gid
         self._watcher = watcher
+        self._held = True
+        self._pin: _Pin | None = None
         self._status: Status | None = None
+
+    def thread(self) -> int:
+        """The id of the thread, which is held at this moment; NotHeld if it is not."""
+        if not self._held:
+            raise NotHeld(f"{self.tid} has been let go")
+        if self._pin is not None and not self._pin.is_held():
+            self.let_go()
+            raise Fault("the kernel has let go of the caller")
+        return self.tid
+
+    def pin(self, device: int) -> None:
+        """Its request, which came from *device*, will be kept for a while."""
+        if self._pin is None:
+            self._pin = _Pin(self.tid, device)
+
+    def renewed(self) -> Process:
+        """The same thread, at the start of its request as it were; this one is let go."""
+        process = Process(self.tid, self.uid, self.gid, self._watcher)
+        process._pin = self._pin
+        self.let_go()
+        return process
+
+    def is_killed(self) -> bool:
+        """Whether SIGKILL is pending, so that it ends as soon as its request is answered."""
+        return procfs.is_killed(self.thread())
+
+    def let_go(self) -> None:
+        """Its request is being answered."""
+        self._held = False
+        self._pin = None
+        self._status = None
 
     # --- memory
 
     def read(self, address: int, size: int) -> bytes:
+        tid = self.thread()
         if size > len(_scratch):
             data = bytearray(size)
-            if (error := _vm_read(self.tid, address, _from_buffer(data), size)) < 0:
+            if (error := _vm_read(tid, address, _from_buffer(data), size)) < 0:
                 fail(error)
             return bytes(data)
-        if (error := _vm_read(self.tid, address, _scratch_pointer, size)) < 0:
+        if (error := _vm_read(tid, address, _scratch_pointer, size)) < 0:
             fail(error)
         return bytes(_scratch[:size])
 
     def read_some(self, address: int, size: int) -> bytearray:
-        n = _vm_read_some(self.tid, address, _scratch_pointer, size)
+        n = _vm_read_some(self.thread(), address, _scratch_pointer, size)
         if n < 0:
             fail(n)
         return _scratch[:n]
 
     def write(self, address: int, data: Buffer) -> None:
-        if (error := _vm_write(self.tid, address, _from_buffer(data), len(data))) < 0:
+        if (error := _vm_write(self.thread(), address, _from_buffer(data), len(data))) < 0:
             fail(error)
+
+    def store(self, address: int, data: Buffer) -> tuple[int, bool]:
+        """Write the results of a command that is finished. Returns 0 or EFAULT, and whether the
+        thread of ours that called still runs the bus: not, if this took too long."""
+        result: int = _vm_store(self.thread(), address, _from_buffer(data), len(data))
+        if result > 0:
+            leave()
+        return (EFAULT if result < 0 or result == _NOT_STORED else 0), result <= 0
 
     def fill(self, memory: Memory, offset: int, segments: Sequence[tuple[int, int]]) -> None:
         assert isinstance(memory, PoolMemory)
+        tid = self.thread()
         to = memory.pointer + offset
         if len(segments) == 1 and segments[0][0]:
             address, size = segments[0]
-            if (error := _vm_read(self.tid, address, to, size)) < 0:
+            if (error := _vm_read(tid, address, to, size)) < 0:
                 fail(error)
             return
         pairs = array("Q", [n for segment in segments for n in segment])
         pointer = _from_buffer("uint64_t[]", pairs)
-        if (error := _vm_fill(self.tid, to, pointer, len(segments))) < 0:
+        if (error := _vm_fill(tid, to, pointer, len(segments))) < 0:
             fail(error)
 
     # --- identity
@@ -100,7 +181,7 @@ class Process:
     def status(self) -> Status:
         """EPERM for a caller that is outside of our PID namespace, or hidden in our /proc."""
         if self._status is None:
-            status = Status(self.tid)
+            status = Status(self.thread())
             if not status:
                 # It is held in a call of ours, so it is there.
                 raise CommandError(EPERM, f"no /proc/{self.tid}")
@@ -109,7 +190,7 @@ class Process:
 
     def credentials(self) -> Credentials:
         status = self.status
-        users = user_namespace(self.tid, self.uid)
+        users = user_namespace(self.thread(), self.uid)
         uids, gids = status.uids(), status.gids()
         if uids[3] != self.uid or gids[3] != self.gid:
             # The call is made with other credentials than the thread's own (io_uring's
@@ -127,7 +208,7 @@ class Process:
         )
 
     def pid_namespace(self) -> PidNamespace:
-        return pid_namespace(self.tid, self.uid)
+        return pid_namespace(self.thread(), self.uid)
 
     def root(self) -> object:
         """Mount and directory that `/` is for it, None if that can't be told.
@@ -135,7 +216,7 @@ class Process:
         The directory may be in a file system that a user serves, so nothing is asked of it.
         """
         try:
-            fd = os.open(f"/proc/{self.tid}/root", os.O_PATH | os.O_CLOEXEC)
+            fd = os.open(f"/proc/{self.thread()}/root", os.O_PATH | os.O_CLOEXEC)
         except OSError as error:
             check_exhausted(error.errno)
             return None
@@ -161,7 +242,7 @@ class Process:
         return Status(own).numbers(b"NSpid") or None if own else None
 
     def gather(self, facts: Facts, kinds: int) -> None:
-        tid = self.tid
+        tid = self.thread()
         if kinds & _STATUS:
             self._gather_status(facts, kinds)
         if not kinds & ~_STATUS:
@@ -175,8 +256,7 @@ class Process:
             facts.exe = procfs.readlink(tid, "exe")
         if kinds & AttachFlag.CMDLINE:
             # This one is read from the caller's memory.
-            with Operation():
-                facts.cmdline = procfs.argv0(tid)
+            facts.cmdline = _argv0(tid)
         if kinds & AttachFlag.CGROUP:
             facts.cgroup = procfs.cgroup(tid)
         if kinds & AttachFlag.SECLABEL:
@@ -194,7 +274,7 @@ class Process:
             self._gather_pids(facts)
         if kinds & AttachFlag.CAPS:
             facts.caps = status.capabilities()
-            facts.user_namespace = user_namespace(self.tid, self.uid)
+            facts.user_namespace = user_namespace(self.thread(), self.uid)
 
     def _gather_pids(self, facts: Facts) -> None:
         status = self.status
@@ -205,7 +285,7 @@ class Process:
             return
         facts.pid_namespace = None
         if len(thread) > 1:
-            facts.pid_namespace = pid_namespace(self.tid, self.uid)
+            facts.pid_namespace = pid_namespace(self.thread(), self.uid)
             if parent[0]:
                 parent = Status(parent[0]).numbers(b"NSpid") or parent
         facts.pids = (group, thread, parent)
@@ -222,7 +302,7 @@ class Process:
         return FileDescriptor(taken, self._watcher, self.uid)
 
     def _take(self, fd: int) -> int:
-        pidfd = lib.kdbusfs_pidfd_open(self.tid)
+        pidfd = lib.kdbusfs_pidfd_open(self.thread())
         if pidfd == -EINVAL:
             # Before Linux 6.9 a pidfd is of a process; its threads share the table all but always.
             pidfd = lib.kdbusfs_pidfd_open_process(self.status.process())
@@ -235,6 +315,20 @@ class Process:
             check_exhausted(-taken)
             raise CommandError(EBADF, f"descriptor {fd} is not open")
         return taken
+
+
+def _argv0(tid: int) -> bytes | None:
+    """The first string of the argument area; None if there is none (a kernel thread).
+
+    A process can let that area be all of its memory (PR_SET_MM in prctl(2)), so no more is read
+    than a name may take.
+    """
+    text = bytearray(_ARGV0_MAX)
+    n: int = _read_cmdline(tid, _from_buffer(text), len(text))
+    if n == -ESTALE:
+        fail(n)
+    check_exhausted(-n)
+    return bytes(text[:n]).split(b"\0", 1)[0] if n > 0 else None
 
 
 def _search_process(pid: int, namespace: PidNamespace, uid: int) -> tuple[int, ...] | None:

@@ -153,17 +153,26 @@ def comm(tid: int) -> bytes | None:
     return None if text is None else text.removesuffix(b"\n")
 
 
-_ARGV0_MAX = 32768
+_START_TIME = 19
+"""Field 22 of /proc/<tid>/stat, counted from behind the name."""
+_SIGKILL = 1 << 8
 
 
-def argv0(tid: int) -> bytes | None:
-    """The first string of the argument area; None if there is none (a kernel thread).
+def start_time(tid: int) -> int | None:
+    """When a thread started, in clock ticks since the boot; None if that can't be told."""
+    try:
+        fields = (read(tid, "stat") or b"").rpartition(b")")[2].split()
+        return int(fields[_START_TIME])
+    except (CommandError, IndexError, ValueError):
+        return None
 
-    A process can let that area be all of its memory (PR_SET_MM in prctl(2)), so no more is read
-    than a name may take.
-    """
-    text = read(tid, "cmdline", _ARGV0_MAX)
-    return text.split(b"\0", 1)[0] if text else None
+
+def is_killed(tid: int) -> bool:
+    """Whether SIGKILL is pending for a thread, so that it ends as soon as it is let go."""
+    try:
+        return bool(int(Status(tid).field(b"SigPnd"), 16) & _SIGKILL)
+    except (CommandError, ValueError):
+        return False
 
 
 def cgroup(tid: int) -> bytes | None:

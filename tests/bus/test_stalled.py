@@ -2,7 +2,7 @@
 """Callers whose memory stalls: others go first, and the command starts anew.
 
 `Slow` lets something else happen at the moment the bus reads from it, and then tells the bus
-that this took too long, as `kdbusfs.peer.turn` does. The command must leave no trace, whatever
+that this took too long, as `kdbusfs.peer.stall` does. The command must leave no trace, whatever
 happened meanwhile; tried again it does what it always does.
 """
 
