@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from errno import (
+    EAGAIN,
     EBADSLT,
     EDOM,
     EINVAL,
@@ -43,7 +44,7 @@ from ..abi.numbers import (
     SendFlag,
 )
 from ..abi.structs import I32, I64, INFO, U64, U64x2, U64x3
-from .call import Argument, Call
+from .call import Argument, Call, Step
 from .connection import (
     ACTIVATOR,
     MONITOR,
@@ -54,7 +55,8 @@ from .connection import (
 from .match import Match, Rule
 from .message import Message
 from .metadata import PROCESS
-from .policy import parse_entries
+from .policy import Entries, parse_entries
+from .pool import Pool
 
 ORDINARY = 0
 _READERS = frozenset({ORDINARY, ACTIVATOR, MONITOR})
@@ -106,15 +108,33 @@ def attach_flags(value: int) -> int:
     return value
 
 
-def publish_result(connection: Connection, content: bytes) -> int:
-    """Put *content* into a slice of the caller's own pool, outside of any quota, and return its
-    offset; EXFULL if there is no room."""
+class Result(Step):
+    """A slice of the caller's own pool, outside of any quota, that holds the result of *call*."""
+
+    __slots__ = ("pool", "slice")
+
+    def __init__(self, pool: Pool, call: Call, size: int) -> None:
+        """EXFULL: there is no room for *size* bytes."""
+        self.pool = pool
+        self.slice = pool.allocate(size)
+        call.begin(self)
+
+    def commit(self) -> None:
+        self.pool.release(self.slice)
+
+    def undo(self) -> None:
+        self.pool.release(self.slice)
+
+
+def publish_result(connection: Connection, call: Call, content: bytes) -> int:
+    """Hand *content* to the caller in a slice of its pool, and return its offset."""
     pool = connection.pool
-    slice_ = pool.allocate(len(content))
-    pool.memory.write(slice_.offset, content)
-    pool.publish(slice_)
-    pool.release(slice_)
-    return slice_.offset
+    result = Result(pool, call, len(content))
+    pool.memory.write(result.slice.offset, content)
+    pool.publish(result.slice)
+    # Nothing below can fail.
+    call.commit()
+    return result.slice.offset
 
 
 @command(Command.BYEBYE)
@@ -137,20 +157,26 @@ def free(connection: Connection, call: Call) -> int:
 @command(Command.RECV, ExtensionCommand.RECV, kinds=_READERS)
 def recv(connection: Connection, call: Call) -> int:
     """KDBUS_CMD_RECV (kdbus.message(7)): take, look at or drop the next message. Never blocks;
-    EAGAIN without one. How many messages were lost is told, and forgotten, in any case."""
+    EAGAIN without one. How many messages were lost is told, and forgotten, in both cases."""
     flags, data = call.flags, call.data
     if flags & _DROP and flags & _USE_PRIORITY:
         raise CommandError(EINVAL, "DROP together with USE_PRIORITY")
-    call.store = call.store_on_error = (16, 64)
+    call.store = (16, 64)
+    entry = connection.pick(I64.unpack_from(data, 24)[0] if flags & _USE_PRIORITY else None)
+    delivery = None
+    if entry is not None and not flags & _DROP:
+        delivery = connection.publish(entry)
+    # Nothing below can fail, but for the lack of a message.
     lost = connection.lost
     connection.lost = 0
     call.returns(_DROPPED_MSGS if lost else 0)
     _RECV_RESULT.pack_into(data, 32, lost, connection.pool.size, 0, 0)
-    entry = connection.pick(I64.unpack_from(data, 24)[0] if flags & _USE_PRIORITY else None)
+    if entry is None:
+        call.store_on_error = (16, 64)
+        raise CommandError(EAGAIN, "no message")
     if flags & _DROP:
         connection.bus.drop(connection, entry)
         return 0
-    delivery = connection.publish(entry)
     if not flags & _PEEK:
         connection.dequeue(entry)
         connection.discard(entry)
@@ -241,7 +267,7 @@ def list_(connection: Connection, call: Call) -> int:
         if not wanted and call.flags & ListFlag.UNIQUE:
             records.append(_record(other, b""))
     content = b"".join(records)
-    offset = publish_result(connection, content) if content else connection.pool.size
+    offset = publish_result(connection, call, content) if content else connection.pool.size
     call.store = (16, 40)
     U64x2.pack_into(call.data, 24, offset, len(content))
     return 0
@@ -296,7 +322,7 @@ def _store_info(
 ) -> None:
     chain = b"".join(items)
     size = INFO.size + len(chain)
-    offset = publish_result(connection, INFO.pack(size, id_, flags) + chain)
+    offset = publish_result(connection, call, INFO.pack(size, id_, flags) + chain)
     call.store = (16, 56)
     U64x2.pack_into(call.data, 40, offset, size)
 
@@ -330,18 +356,21 @@ def update(connection: Connection, call: Call) -> int:
     if any(item.type in (ItemType.NAME, ItemType.POLICY_ACCESS) for item in call.items):
         if kind != POLICY_HOLDER:
             raise CommandError(EOPNOTSUPP, "only policy holders have a policy to update")
-        store_policy(connection, call)
+        policy = read_policy(connection, call)
+        # Nothing below can fail.
+        connection.bus.policy.replace(connection, policy)
     connection.attach_flags_send, connection.attach_flags_recv = send_mask, recv_mask
     return 0
 
 
-def store_policy(connection: Connection, call: Call) -> None:
-    """Replace the bus's policy entries of a holder or activator by those in *call*."""
+def read_policy(connection: Connection, call: Call) -> Entries:
+    """The policy of a holder or activator as *call* has it. EEXIST: another one has some of it."""
     users = call.peer.credentials().user_namespace
     entries = parse_entries(
         call, users, limit=1, wildcards=connection.kind == POLICY_HOLDER
     )
-    connection.bus.policy.replace(connection, entries)
+    connection.bus.policy.check_owner(connection, entries)
+    return entries
 
 
 @command(Command.MATCH_ADD)

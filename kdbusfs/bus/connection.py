@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from errno import EAGAIN, ECOMM, ECONNRESET
+from errno import ECOMM, ECONNRESET
 from typing import TYPE_CHECKING
 
 from ..abi.errors import CommandError
@@ -358,9 +358,9 @@ class Connection:
         self.pool.release(entry.slice)
         entry.release_descriptors()
 
-    def pick(self, priority: int | None) -> QueueEntry:
+    def pick(self, priority: int | None) -> QueueEntry | None:
         """The oldest message, or with *priority* the oldest of those with the lowest value, which
-        must not exceed it. EAGAIN if there is none."""
+        must not exceed it. None if there is none."""
         queue = self.queue
         if queue:
             if priority is None:
@@ -368,7 +368,7 @@ class Connection:
             entry = min(queue, key=_priority)
             if entry.priority <= priority:
                 return entry
-        raise CommandError(EAGAIN, "no message")
+        return None
 
     def dequeue(self, entry: QueueEntry) -> None:
         """Take *entry* out of the queue; its slice stays."""

@@ -2,7 +2,9 @@
 """Handles: our side of an open file, from open() to the last close().
 
 A handle starts on the control file or on an endpoint and is bound, once and for good, by one
-successful BUS_MAKE, ENDPOINT_MAKE or HELLO. What fails, or only negotiates, leaves it as it was.
+successful BUS_MAKE, ENDPOINT_MAKE or HELLO (`_MOVES`). What fails, or only negotiates, leaves it as
+it was. While one of these commands is under way, which may take its time if the caller's memory
+stalls, the handle takes no other. It has stored its results before anybody else can see any of it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from errno import (
     EBADFD,
+    EBUSY,
     ECONNRESET,
     EEXIST,
     EINVAL,
@@ -22,6 +25,7 @@ from errno import (
     ESHUTDOWN,
 )
 from stat import S_IFDIR, S_IFREG
+from typing import NamedTuple
 
 from ..abi import structs
 from ..abi.commands import FORMS
@@ -31,16 +35,17 @@ from ..abi.names import is_policy_name
 from ..abi.numbers import Command, ItemType, Limit
 from ..abi.structs import U64, U64x2
 from .bus import Bus
-from .call import Call
-from .commands import COMMANDS, attach_flags, store_policy
+from .call import Call, Step
+from .commands import COMMANDS, attach_flags, read_policy
 from .connection import ACTIVATOR, MONITOR, POLICY_HOLDER, SPECIAL, Connection
 from .domain import Domain
 from .endpoint import Endpoint
 from .metadata import PROCESS, UNSET_ID, Facts, Reference
 from .node import Node, access_mode
 from .peer import Credentials, Memory
-from .policy import parse_entries
-from .pool import Pool
+from .policy import Entries, parse_entries
+from .pool import Pool, Slice
+from .quota import User
 
 PAGE_SIZE = 4096
 _SETUP = frozenset({Command.BUS_MAKE, Command.ENDPOINT_MAKE, Command.HELLO})
@@ -52,9 +57,35 @@ class HandleState(Enum):
 
     CONTROL = auto()
     ENDPOINT = auto()
+    SETTING_UP = auto()
     BUS_OWNER = auto()
     ENDPOINT_OWNER = auto()
     CONNECTION = auto()
+
+
+class SetUp(Step):
+    """A handle on its way into another *state*, and what its connection takes beforehand."""
+
+    __slots__ = ("handle", "before", "state", "pool", "user")
+
+    def __init__(self, handle: Handle, state: HandleState) -> None:
+        self.handle = handle
+        self.before = handle.state
+        self.state = state
+        self.pool: Pool | None = None
+        self.user: User | None = None
+        """Whose connections have been counted up."""
+        handle.state = HandleState.SETTING_UP
+
+    def commit(self) -> None:
+        self.handle.state = self.state
+
+    def undo(self) -> None:
+        self.handle.state = self.before
+        if self.user is not None:
+            self.user.n_connections -= 1
+        if self.pool is not None:
+            self.pool.close()
 
 
 class Handle:
@@ -139,28 +170,22 @@ class Handle:
 
     def _set_up(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
         code, state = call.code, self.state
-        action: Callable[[Call], None]
-        if state is HandleState.CONTROL and code == Command.BUS_MAKE:
-            action = self._bus_make
-        elif state is HandleState.ENDPOINT and code in _SETUP:
+        if state is HandleState.SETTING_UP and code in _SETUP:
+            raise CommandError(EBUSY, "another command is setting it up")
+        if (state is HandleState.ENDPOINT and code in _SETUP) or (
+            state is HandleState.ENDPOINT_OWNER and code not in _SETUP
+        ):
             self._check_endpoint()
-            if code == Command.ENDPOINT_MAKE:
-                self._check_may_make_endpoint()
-                action = self._endpoint_make
-            elif code == Command.HELLO:
-                action = self._hello
-            else:
-                raise CommandError(EBADFD, "BUS_MAKE on an endpoint")
-        elif state is HandleState.ENDPOINT_OWNER and code not in _SETUP:
-            self._check_endpoint()
-            if code != Command.ENDPOINT_UPDATE:
-                raise CommandError(EBADFD, "not for an endpoint's owner")
-            action = self._endpoint_update
-        else:
+        move = _MOVES.get((state, code))
+        if move is None:
             raise CommandError(EBADFD, f"not on a {state.name.lower()} handle")
+        if code == Command.ENDPOINT_MAKE:
+            self._check_may_make_endpoint()
         call.fetch(brought)
         if not call.negotiating:
-            action(call)
+            set_up = SetUp(self, move.state)
+            call.begin(set_up)
+            move.action(self, call, set_up)
         return 0
 
     def _check_endpoint(self) -> Endpoint:
@@ -172,7 +197,7 @@ class Handle:
 
     # --- BUS_MAKE
 
-    def _bus_make(self, call: Call) -> None:
+    def _bus_make(self, call: Call, set_up: SetUp) -> None:
         """KDBUS_CMD_BUS_MAKE (kdbus.bus(7)): make a bus that lives as long as this handle."""
         domain = self.domain
         size, n_hash = structs.BLOOM_PARAMETER.unpack(_given(call, ItemType.BLOOM_PARAMETER))
@@ -190,18 +215,18 @@ class Handle:
         creator = domain.user(who.uid)
         if creator.n_buses >= Limit.USER_BUSES:
             raise CommandError(EMFILE, f"{creator.n_buses} buses of this user")
-        call.peer.write(call.address + 16, call.data[16:24])
-        # Nothing below can fail.
         bus = Bus(domain, id_, name, call.flags, (size, n_hash), mask, who.euid)
         bus.creator, bus.creator_facts = creator, facts
         bus.id128 = uuid.uuid4().bytes
+        _store_results(call)
+        # Nothing below can fail.
+        call.commit()
         creator.n_buses += 1
         mode = S_IFDIR | access_mode(call.flags, 0o500)
         directory = domain.new_node(name, mode, bus, who)
         self._add_endpoint(bus, directory, "bus", call.flags, who, custom=False)
         domain.root.link(directory)
         self.bus = bus
-        self.state = HandleState.BUS_OWNER
 
     def _prefixed_name(self, call: Call, who: Credentials) -> str:
         name = _given(call, ItemType.MAKE_NAME)[:-1].decode()
@@ -229,7 +254,7 @@ class Handle:
         if not endpoint.is_owner(self.opener):
             raise CommandError(EPERM, "only the bus's owner makes endpoints, on the default one")
 
-    def _endpoint_make(self, call: Call) -> None:
+    def _endpoint_make(self, call: Call, set_up: SetUp) -> None:
         """KDBUS_CMD_ENDPOINT_MAKE (kdbus.endpoint(7)): make a custom endpoint that lives as long
         as this handle."""
         assert self.endpoint is not None
@@ -239,19 +264,21 @@ class Handle:
         name = self._prefixed_name(call, who)
         if name in directory.children:
             raise CommandError(EEXIST, f"endpoint {name} exists")
-        call.peer.write(call.address + 16, call.data[16:24])
+        _store_results(call)
+        # Nothing below can fail.
+        call.commit()
         self.endpoint = self._add_endpoint(bus, directory, name, call.flags, who, custom=True)
-        self.state = HandleState.ENDPOINT_OWNER
 
-    def _endpoint_update(self, call: Call) -> None:
+    def _endpoint_update(self, call: Call, set_up: SetUp) -> None:
         """KDBUS_CMD_ENDPOINT_UPDATE (kdbus.endpoint(7)): replace the endpoint's policy."""
         assert self.endpoint is not None
         users = call.peer.credentials().user_namespace
         self.endpoint.policy.replace(self.endpoint, parse_entries(call, users))
+        call.commit()
 
     # --- HELLO
 
-    def _hello(self, call: Call) -> None:
+    def _hello(self, call: Call, set_up: SetUp) -> None:
         """KDBUS_CMD_HELLO (kdbus.connection(7)): become a connection."""
         endpoint = self.endpoint
         assert endpoint is not None
@@ -266,27 +293,55 @@ class Handle:
             if faked and facts.creds and endpoint.is_privileged(self.opener):
                 uid = facts.creds[0] if facts.creds[0] != UNSET_ID else uid
             user = self.domain.user(uid)
-        pool = self._new_pool(pool_size)
-        try:
-            self.domain.connect(user)
-            try:
-                connection = Connection(endpoint, id_, call.flags, self.opener, user, pool)
-                connection.attach_flags_send, connection.attach_flags_recv = send_mask, recv_mask
-                description = call.string(ItemType.CONN_DESCRIPTION)
-                connection.description = description
-                connection.facts, connection.faked = facts, faked
-                connection.reference = Reference(
-                    self.opener.user_namespace, call.peer.pid_namespace(), call.peer.root()
-                )
-                self._join(connection, call, name)
-            except BaseException:
-                user.n_connections -= 1
-                raise
-        except BaseException:
-            pool.close()
-            raise
+        pool = set_up.pool = self._new_pool(pool_size)
+        self.domain.connect(user)
+        set_up.user = user
+        connection = Connection(endpoint, id_, call.flags, self.opener, user, pool)
+        connection.attach_flags_send, connection.attach_flags_recv = send_mask, recv_mask
+        connection.description = call.string(ItemType.CONN_DESCRIPTION)
+        connection.facts, connection.faked = facts, faked
+        connection.reference = Reference(
+            self.opener.user_namespace, call.peer.pid_namespace(), call.peer.root()
+        )
+        if connection.kind == ACTIVATOR:
+            assert name is not None
+            endpoint.bus.names.check_activator(name)
+        policy = None if name is None else read_policy(connection, call)
+        slice_ = self._store_hello(connection, call)
+        # Nothing below can fail.
+        call.commit()
+        pool.release(slice_)
         self.connection = connection
-        self.state = HandleState.CONNECTION
+        self._join(connection, name, policy)
+
+    def _store_hello(self, connection: Connection, call: Call) -> Slice:
+        """Store the results of HELLO, all but the last step of it; returns the slice that holds
+        the bus's bloom parameters."""
+        bus, pool = connection.bus, connection.pool
+        bloom = structs.BLOOM_PARAMETER.pack(bus.bloom_size, bus.bloom_n_hash)
+        item = build(ItemType.BLOOM_PARAMETER, bloom)
+        slice_ = pool.allocate(len(item))
+        pool.memory.write(slice_.offset, item)
+        pool.publish(slice_)
+        U64x2.pack_into(call.data, 40, bus.flags, connection.id)
+        U64x2.pack_into(call.data, 64, slice_.offset, len(item))
+        call.data[80:96] = bus.id128
+        call.store = (16, 96)
+        call.peer.write(call.address + 16, call.data[16:96])
+        # No HELLO can follow on a pool that has been sealed, so this comes last.
+        pool.memory.seal()
+        return slice_
+
+    def _join(self, connection: Connection, name: bytes | None, policy: Entries | None) -> None:
+        """Let others see the new connection."""
+        bus = connection.bus
+        bus.connect(connection)
+        if connection.kind == ACTIVATOR:
+            assert name is not None
+            bus.announce(bus.names.activate(connection, name))
+        if policy is not None:
+            bus.policy.replace(connection, policy)
+        bus.flush()
 
     def _new_pool(self, size: int) -> Pool:
         """A pool, charged to who opened the file until it is closed; ENOMEM."""
@@ -346,33 +401,6 @@ class Handle:
         facts.gathered = PROCESS
         return facts, True
 
-    def _join(self, connection: Connection, call: Call, name: bytes | None) -> None:
-        """The steps of HELLO that others see; a failure takes them back, visibly."""
-        bus, pool = connection.bus, connection.pool
-        bloom = structs.BLOOM_PARAMETER.pack(bus.bloom_size, bus.bloom_n_hash)
-        item = build(ItemType.BLOOM_PARAMETER, bloom)
-        slice_ = pool.allocate(len(item))
-        pool.memory.write(slice_.offset, item)
-        bus.connect(connection)
-        try:
-            if connection.kind == ACTIVATOR:
-                assert name is not None
-                bus.announce(bus.names.activate(connection, name))
-            if name is not None:
-                store_policy(connection, call)
-            bus.flush()
-            pool.publish(slice_)
-            pool.release(slice_)
-            U64x2.pack_into(call.data, 40, bus.flags, connection.id)
-            U64x2.pack_into(call.data, 64, slice_.offset, len(item))
-            call.data[80:96] = bus.id128
-            call.peer.write(call.address + 16, call.data[16:96])
-        except BaseException:
-            bus.disconnect(connection)
-            raise
-        pool.memory.seal()
-        call.store = (16, 96)
-
     # --- poll and close
 
     @property
@@ -409,6 +437,24 @@ class Handle:
         bus.creator.n_buses -= 1
 
 
+class Move(NamedTuple):
+    """A command that a handle without a connection takes, and the state it leads to."""
+
+    action: Callable[[Handle, Call, SetUp], None]
+    state: HandleState
+
+
+_MOVES: dict[tuple[HandleState, int], Move] = {
+    (HandleState.CONTROL, Command.BUS_MAKE): Move(Handle._bus_make, HandleState.BUS_OWNER),
+    (HandleState.ENDPOINT, Command.ENDPOINT_MAKE): Move(
+        Handle._endpoint_make, HandleState.ENDPOINT_OWNER
+    ),
+    (HandleState.ENDPOINT, Command.HELLO): Move(Handle._hello, HandleState.CONNECTION),
+    (HandleState.ENDPOINT_OWNER, Command.ENDPOINT_UPDATE): Move(
+        Handle._endpoint_update, HandleState.ENDPOINT_OWNER
+    ),
+}
+
 _NEGOTIATES_MORE = frozenset(
     code for code, form in FORMS.items() if form.name.startswith("SEND")
 )
@@ -422,6 +468,12 @@ def is_command(code: int) -> bool:
 
 def _no_memory(size: int) -> Memory:
     raise CommandError(EBADFD, "closed")
+
+
+def _store_results(call: Call) -> None:
+    """Store what BUS_MAKE and ENDPOINT_MAKE return while they can still fail."""
+    call.peer.write(call.address + 16, call.data[16:24])
+    call.store = (16, 16)
 
 
 def _given(call: Call, type_: ItemType) -> bytes:

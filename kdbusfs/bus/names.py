@@ -103,11 +103,15 @@ class NameRegistry:
             return None
         return entry.owner.connection
 
-    def activate(self, connection: Connection, name: bytes) -> NameChange | None:
-        """Make *connection* the activator of *name*; EEXIST if it has one."""
+    def check_activator(self, name: bytes) -> None:
+        """EEXIST: *name* has an activator."""
         entry = self.entries.get(name)
         if entry is not None and entry.activator is not None:
             raise CommandError(EEXIST, f"{name.decode()} has an activator")
+
+    def activate(self, connection: Connection, name: bytes) -> NameChange | None:
+        """Make *connection* the activator of *name*, which has none (`check_activator`)."""
+        entry = self.entries.get(name)
         if entry is None:
             entry = self.entries[name] = NameEntry(name)
         owner = entry.activator = Owner(connection, entry, _ACTIVATOR)

@@ -65,13 +65,15 @@ class PolicyDatabase:
         """Whether *who* has *access* to any of the *names*."""
         return any(self.query(who, name) >= access for name in names)
 
-    def replace(self, owner: Hashable, entries: Entries) -> None:
-        """Put *entries* in the place of all that *owner* has; EEXIST, and nothing changed, if
-        somebody else holds one of the names."""
+    def check_owner(self, owner: Hashable, entries: Entries) -> None:
+        """EEXIST: somebody else than *owner* holds one of the names."""
         for name in entries:
             held = self._entries.get(name)
             if held is not None and held[0] is not owner:
                 raise CommandError(EEXIST, f"policy for {name.decode()} is held by another")
+
+    def replace(self, owner: Hashable, entries: Entries) -> None:
+        """Put *entries*, whose names nobody else holds, in the place of all that *owner* has."""
         self.remove(owner)
         for name, lines in entries.items():
             self._entries[name] = (owner, lines)

@@ -131,10 +131,10 @@ class Pool:
         for slice_ in (*self._used.values(), *self._by_offset.values()):
             slice_.before = slice_.after = None
         self._used.clear()
-        self.memory.close()
         if self._on_close is not None:
             self._on_close()
             self._on_close = None
+        self.memory.close()
 
     def slices(self) -> list[Slice]:
         """All slices in order of offset, free ones too."""

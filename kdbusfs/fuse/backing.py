@@ -74,7 +74,8 @@ class PassthroughBacking:
 
     def new_memory(self, size: int) -> PoolMemory:
         _check_size(size)
-        if self._memory() is not None:
+        before = self._memory()
+        if before is not None and before.pointer is not None:
             # What is cut off a file is SIGBUS to whoever has it mapped: to ourselves.
             raise CommandError(EBUSY, "the file has a pool already")
         try:

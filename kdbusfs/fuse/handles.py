@@ -462,6 +462,9 @@ class Handles:
         if not ioctl.read:
             return _pack_out_header(OUT_HEADER_SIZE, -error, unique), True
         start, end = ioctl.store_on_error if error else ioctl.store
+        if start == end:
+            # It has been stored by the command itself.
+            return _pack_ioctl_out(_IOCTL_OUT_SIZE, 0, unique, -error, 0, 0, 0), True
         if ioctl.code & _DIRECTION_READ:
             header = _pack_ioctl_out(_IOCTL_OUT_SIZE + end, 0, unique, -error, 0, 0, 0)
             return header + ioctl.data[:end], True
@@ -629,6 +632,9 @@ class Handles:
         file = self._files.get(fh)
         memory = file.memory if file is not None else None
         by_read = read_flags & wire.READ_LOCKOWNER
+        if memory is not None and memory.pointer is None:
+            # Of a HELLO that failed.
+            memory = None
         if file is None or by_read or memory is None or self._is_passthrough(file):
             self._reply(unique, EINVAL)
             self._traced("READ", ids, EINVAL, f"fh={fh}")

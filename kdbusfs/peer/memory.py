@@ -22,7 +22,15 @@ class PoolMemory:
     the pool's size is final. The pages come into being as they are touched.
     """
 
-    __slots__ = ("__weakref__", "_on_publish", "_on_seal", "_view", "pointer", "size")
+    __slots__ = (
+        "__weakref__",
+        "_on_publish",
+        "_on_seal",
+        "_view",
+        "is_sealed",
+        "pointer",
+        "size",
+    )
 
     def __init__(
         self,
@@ -39,6 +47,7 @@ class PoolMemory:
         self._view = memoryview(ffi.buffer(self.pointer, size))
         self._on_publish = on_publish
         self._on_seal = on_seal
+        self.is_sealed = False
 
     def write(self, offset: int, data: Buffer) -> None:
         self._view[offset : offset + len(data)] = data
@@ -55,13 +64,22 @@ class PoolMemory:
     def seal(self) -> None:
         if self._on_seal is not None:
             self._on_seal()
+        self.is_sealed = True
 
     def close(self) -> None:
-        """The pool is gone; the mapping goes with the last reference."""
+        """The pool is gone. If it has been in use the mapping goes with the last reference, since
+        a sender that was overtaken may still be filling it; else it goes now, and what is behind
+        it can be made smaller."""
         self._on_publish = None
+        if not self.is_sealed:
+            self._unmap()
 
-    def __del__(self) -> None:
-        pointer = getattr(self, "pointer", None)
+    def _unmap(self) -> None:
+        pointer, self.pointer = self.pointer, None
         if pointer is not None:
             self._view.release()
             lib.kdbusfs_unmap(pointer, self.size)
+
+    def __del__(self) -> None:
+        if hasattr(self, "pointer"):
+            self._unmap()

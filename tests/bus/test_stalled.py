@@ -8,12 +8,12 @@ happened meanwhile; tried again it does what it always does.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EBADSLT, ECONNRESET, EFAULT, ENXIO, EPIPE, ESHUTDOWN, ESRCH, ETIMEDOUT
+from errno import EBADSLT, EBUSY, ECONNRESET, EFAULT, ENXIO, EPIPE, ESHUTDOWN, ESRCH, ETIMEDOUT
 
 import pytest
 
-from bus.fakes import FakeMemory, FakePeer
-from bus.harness import ATTACH_ALL, SECOND, Bus, item, u64
+from bus.fakes import Buffer, FakeMemory, FakePeer
+from bus.harness import ATTACH_ALL, SECOND, Bus, File, bloom_parameter, item, text, u64
 from kdbusfs.abi.errors import CommandError, Stalled
 from kdbusfs.abi.numbers import AttachFlag, HelloFlag, ItemType
 from kdbusfs.bus.metadata import Facts
@@ -29,7 +29,15 @@ class Slow(FakePeer):
     """How many reads go well before that."""
     meanwhile: Callable[[], object] | None = None
 
+    on_write = False
+    """Whether it stalls where it is written to, instead."""
+
     def _read(self) -> None:
+        if self.on_write:
+            return
+        self._stall()
+
+    def _stall(self) -> None:
         if self.meanwhile is None:
             return
         if self.skip:
@@ -46,6 +54,11 @@ class Slow(FakePeer):
     def gather(self, facts: Facts, kinds: int) -> None:
         self._read()
         super().gather(facts, kinds)
+
+    def write(self, address: int, data: Buffer) -> None:
+        if self.on_write:
+            self._stall()
+        super().write(address, data)
 
 
 class Stage:
@@ -225,6 +238,71 @@ def test_a_hello_that_stalled_starts_anew(stage: Stage, meanwhile: str, errno: i
     with stage.stalled(lambda: MEANWHILE[meanwhile](stage)):
         assert errno_of(file.hello) == errno
     assert file.hung_up == bool(errno)
+
+
+SETUPS: dict[str, tuple[Callable[[Stage], File], Callable[[File], object]]] = {
+    "HELLO": (lambda s: s.bus.open(peer=s.slow), lambda file: file.hello()),
+    "BUS_MAKE": (
+        lambda s: File(s.bus.domain, "control", s.slow),
+        lambda file: file.bus_make(text(I.MAKE_NAME, "1000-new"), bloom_parameter()),
+    ),
+    "ENDPOINT_MAKE": (
+        lambda s: s.bus.open(peer=s.slow),
+        lambda file: file.endpoint_make(text(I.MAKE_NAME, "1000-new")),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SETUPS)
+def test_a_file_that_is_being_set_up_takes_no_other_setup_and_is_seen_by_nobody(
+    stage: Stage, what: str
+) -> None:
+    opened, do = SETUPS[what]
+    file, fast = opened(stage), FakePeer(1000)
+    watcher = stage.bus.hello()
+    watcher.match()
+    before = stage.bus.domain.paths()
+    seen: list[object] = []
+
+    def meanwhile() -> None:
+        slow, file.peer = file.peer, fast
+        for _, other in SETUPS.values():
+            seen.append(errno_of(lambda o=other: o(file)))  # type: ignore[misc]
+        file.peer = slow
+        assert stage.bus.domain.paths() == before
+        assert watcher.notifications() == []
+
+    stage.slow.on_write = True
+    with stage.stalled(meanwhile):
+        do(file)
+    assert seen == [EBUSY] * 3
+    assert file.handle.state.name in ("CONNECTION", "BUS_OWNER", "ENDPOINT_OWNER")
+    assert (stage.bus.domain.paths() != before) == (what != "HELLO")
+    assert len(watcher.notifications()) == (what == "HELLO")
+
+
+def test_a_hello_that_stalled_has_given_its_pool_back_before_the_next(stage: Stage) -> None:
+    made: list[FakeMemory] = []
+
+    def new_memory(size: int) -> FakeMemory:
+        assert all(memory.closed for memory in made)
+        made.append(FakeMemory(size))
+        return made[-1]
+
+    file = File(stage.bus.domain, f"{stage.bus.name}/bus", stage.slow, new_memory)
+    stage.slow.on_write = True
+    with stage.stalled(lambda: None):
+        file.hello()
+    assert [memory.closed for memory in made] == [True, False]
+    assert stage.bus.domain.core.user(1000).n_connections == 4
+
+
+def test_a_file_that_is_closed_while_it_is_being_set_up_leaves_nothing(stage: Stage) -> None:
+    file = stage.bus.open(peer=stage.slow)
+    stage.slow.on_write = True
+    with stage.stalled(file.close), pytest.raises(CommandError):
+        file.hello()
+    assert stage.bus.domain.core.user(1000).n_connections == 3
 
 
 def test_metadata_is_gathered_anew(stage: Stage) -> None:
