@@ -8,7 +8,8 @@ the bus never waits.
 
 A user has up to `PER_USER` of the threads, and one while more than `CROWDED` are busy. Somebody
 whose files turned out to be slow is not waited for by others for a while: they have to close
-their own copies anyway, and should not pay twice.
+their own copies anyway, and should not pay twice. Nor does it wait for itself while none of its
+threads is free.
 """
 
 from __future__ import annotations
@@ -120,7 +121,10 @@ class Closers:
         """Whoever waits for a file of user *uid* that this thread has closed now."""
         local = self._local
         caller: int | None = getattr(local, "uid", None)
-        if caller is None or (caller != uid and self._is_distrusted(uid)):
+        if caller is None:
+            return None
+        if self._is_distrusted(uid) and (caller != uid or self._busy.get(uid, 0) >= self._share()):
+            # It would be in vain where all of the user's threads are stuck.
             return None
         closing: Closing | None = local.closing
         if closing is None:

@@ -84,6 +84,13 @@ def test_others_wait_once_for_somebody_slow(closers: Closers, gate: threading.Ev
     assert answer(closers, BOB, (CAROL, gate.wait)) == []
 
 
+def test_nobody_waits_for_what_can_not_begin(closers: Closers, gate: threading.Event) -> None:
+    answers = [answer(closers, ALICE, (ALICE, gate.wait)) for _ in range(PER_USER)]
+    soon(lambda: all(answers), "no answer")
+    assert answer(closers, ALICE, (ALICE, gate.wait)) == [0.0]
+    assert answer(closers, BOB, (BOB, gate.wait)) == []
+
+
 def test_what_one_thread_lets_go_of_is_no_business_of_another(
     closers: Closers, gate: threading.Event
 ) -> None:
