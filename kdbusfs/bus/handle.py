@@ -344,14 +344,17 @@ class Handle:
         bus.flush()
 
     def _new_pool(self, size: int) -> Pool:
-        """A pool, charged to who opened the file until it is closed; ENOMEM."""
+        """A pool, charged to who opened the file as long as it is mapped; ENOMEM."""
         space, uid = self.domain.pool_space, self.opener.uid
-        space.charge(uid, size, ENOMEM)
+        # First, since it finds out what has gone of earlier pools.
+        pool = Pool(size, self.new_memory(size))
         try:
-            return Pool(size, self.new_memory(size), lambda: space.discharge(uid, size))
-        except BaseException:
-            space.discharge(uid, size)
+            space.charge(uid, size, ENOMEM)
+        except CommandError:
+            pool.close()
             raise
+        pool.on_gone = lambda: space.discharge(uid, size)
+        return pool
 
     def _check_hello(self, call: Call, endpoint: Endpoint, pool_size: int) -> bytes | None:
         """Checks that come before anything is made; returns the name, if one is given."""
@@ -423,10 +426,23 @@ class Handle:
         elif self.connection is not None:
             if self.connection.alive:
                 self.connection.bus.disconnect(self.connection)
-            self.connection.user.n_connections -= 1
-            self.connection.pool.close()
+            self._close_pool(self.connection)
         # It belongs to the file, which refers to this handle; a ring would keep both.
         self.new_memory = _no_memory
+
+    def _close_pool(self, connection: Connection) -> None:
+        """Give the pool up. While its client has it mapped, it goes on to count as a connection:
+        else nobody would be charged for its memory."""
+        user, pool = connection.user, connection.pool
+        on_gone = pool.on_gone
+
+        def gone() -> None:
+            user.n_connections -= 1
+            if on_gone is not None:
+                on_gone()
+
+        pool.on_gone = gone
+        pool.close()
 
     def _end_bus(self) -> None:
         bus = self.bus

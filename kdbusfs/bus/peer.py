@@ -88,7 +88,9 @@ class Memory(Protocol):
     def seal(self) -> None:
         """The pool is in use: its size is final."""
 
-    def close(self) -> None: ...
+    def close(self, gone: Callable[[], None]) -> None:
+        """The pool is given up. *gone* is called when nobody has its memory mapped any more, which
+        may be at once."""
 
 
 class Peer(Protocol):

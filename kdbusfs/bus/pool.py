@@ -22,6 +22,10 @@ from ..abi.errors import CommandError
 from .peer import Memory
 
 
+def _nothing() -> None:
+    pass
+
+
 class Slice:
     """A piece of a pool. *kernel* and *user* are its two holds; neither: it is free."""
 
@@ -41,17 +45,17 @@ class Slice:
 
 
 class Pool:
-    """The slices of one pool of *size* bytes, and its *memory*; *on_close* is called when the pool
-    is given up."""
+    """The slices of one pool of *size* bytes, and its *memory*; *on_gone* is called when nobody has
+    that mapped any more."""
 
-    __slots__ = ("size", "memory", "_on_close", "_used", "_free", "_by_offset")
+    __slots__ = ("size", "memory", "on_gone", "_used", "_free", "_by_offset")
 
     def __init__(
-        self, size: int, memory: Memory, on_close: Callable[[], None] | None = None
+        self, size: int, memory: Memory, on_gone: Callable[[], None] | None = None
     ) -> None:
         self.size = size
         self.memory = memory
-        self._on_close = on_close
+        self.on_gone = on_gone
         whole = Slice(0, size)
         self._used: dict[int, Slice] = {}
         self._free: list[tuple[int, int]] = [(size, 0)]
@@ -131,10 +135,8 @@ class Pool:
         for slice_ in (*self._used.values(), *self._by_offset.values()):
             slice_.before = slice_.after = None
         self._used.clear()
-        if self._on_close is not None:
-            self._on_close()
-            self._on_close = None
-        self.memory.close()
+        on_gone, self.on_gone = self.on_gone, None
+        self.memory.close(on_gone or _nothing)
 
     def slices(self) -> list[Slice]:
         """All slices in order of offset, free ones too."""

@@ -20,6 +20,7 @@ from weakref import ref
 
 from ..abi.errors import CommandError
 from ..abi.items import Buffer
+from ..peer.leftovers import Leftovers
 from ..peer.memory import PoolMemory
 from ..peer.table import TABLE
 from . import wire
@@ -54,9 +55,11 @@ class PassthroughBacking:
     """A memfd, open until the pool is sealed; the kernel keeps it from then on. User *uid* is
     charged for it."""
 
-    def __init__(self, device: int, uid: int) -> None:
+    def __init__(self, device: int, uid: int, leftovers: Leftovers) -> None:
         self._device = device
         self._uid = uid
+        self._leftovers = leftovers
+        self._watch = -1
         self._memfd = -1
         TABLE.charge(uid)
         try:
@@ -74,6 +77,7 @@ class PassthroughBacking:
 
     def new_memory(self, size: int) -> PoolMemory:
         _check_size(size)
+        self._leftovers.collect()
         before = self._memory()
         if before is not None and before.pointer is not None:
             # What is cut off a file is SIGBUS to whoever has it mapped: to ourselves.
@@ -83,13 +87,17 @@ class PassthroughBacking:
             os.ftruncate(self._memfd, size)
         except (OSError, OverflowError):
             raise CommandError(ENOMEM, f"no memory for a pool of {size} bytes") from None
-        memory = PoolMemory(self._memfd, size, on_seal=self._seal)
+        memory = PoolMemory(self._memfd, size, on_seal=self._seal, on_close=self._when_gone)
         self._memory = ref(memory)
         return memory
 
     def _seal(self) -> None:
         fcntl.fcntl(self._memfd, fcntl.F_ADD_SEALS, _SEALS)
+        self._watch = self._leftovers.watch(self._memfd)
         self._close_memfd()
+
+    def _when_gone(self, action: Callable[[], None]) -> None:
+        self._leftovers.when_gone(self._watch, action)
 
     def _close_memfd(self) -> None:
         if self._memfd >= 0:

@@ -18,6 +18,7 @@ from ..abi.items import Buffer
 from ..abi.structs import U32
 from ..bus.domain import Domain
 from ..native import ffi, lib
+from ..peer.leftovers import Leftovers
 from ..peer.process import renew_scratch
 from ..peer.stall import TURN, Crew, fail
 from . import wire
@@ -74,6 +75,7 @@ class Router:
         self.pool = pool
         self._spin_ns = spin_us * 1000
         self._trace = trace
+        self._leftovers = Leftovers()
         self._watches = Watches()
         self._handles = Handles(
             device,
@@ -204,6 +206,7 @@ class Router:
     def _close(self) -> None:
         self._crew.close()
         self._handles.close()
+        self._leftovers.close()
         self._invalidator.close()
 
     def _dispatch(self, request: memoryview, size: int) -> None:
@@ -278,7 +281,7 @@ class Router:
 
     def _new_backing(self, nodeid: int, uid: int) -> Backing:
         if self.pool == "passthrough":
-            return PassthroughBacking(self._device, uid)
+            return PassthroughBacking(self._device, uid, self._leftovers)
         direct_io = bool(self.relay.kernel_flags2 & wire.FLAG2_DIRECT_IO_ALLOW_MMAP)
         return CacheBacking(
             lambda offset, data: self._push(nodeid, offset, data),

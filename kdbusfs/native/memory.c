@@ -13,7 +13,9 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdio.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -292,6 +294,25 @@ void *kdbusfs_map(int fd, uint64_t size)
 int kdbusfs_unmap(void *address, uint64_t size)
 {
 	return munmap(address, size) < 0 ? -errno : 0;
+}
+
+int kdbusfs_inotify_init(void)
+{
+	int fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
+
+	return fd < 0 ? -errno : fd;
+}
+
+/* Watch the file behind @fd until its inode is gone (IN_IGNORED), without keeping it. Returns the
+ * number of the watch. */
+int kdbusfs_inotify_add(int inotify, int fd)
+{
+	char path[32];
+	int watch;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	watch = inotify_add_watch(inotify, path, IN_DELETE_SELF);
+	return watch < 0 ? -errno : watch;
 }
 
 int kdbusfs_pidfd_open(int32_t tid)

@@ -25,6 +25,9 @@ void *kdbusfs_map(int fd, uint64_t size);
 int kdbusfs_unmap(void *address, uint64_t size);
 
 int kdbusfs_is_held(int device, int pidfd);
+int kdbusfs_inotify_init(void);
+int kdbusfs_inotify_add(int inotify, int fd);
+
 int kdbusfs_pidfd_open(int32_t tid);
 int kdbusfs_pidfd_open_process(int32_t pid);
 int kdbusfs_pidfd_getfd(int pidfd, int fd);

@@ -19,11 +19,13 @@ class PoolMemory:
     """*size* bytes that are the file *fd*, or private ones without. The real `bus.peer.Memory`.
 
     *on_publish* pushes pages to the client where it does not see ours; *on_seal* is called when
-    the pool's size is final. The pages come into being as they are touched.
+    the pool's size is final. *on_close* takes what is to be done when the client has the pool
+    mapped no more; without it nobody has. The pages come into being as they are touched.
     """
 
     __slots__ = (
         "__weakref__",
+        "_on_close",
         "_on_publish",
         "_on_seal",
         "_view",
@@ -38,6 +40,7 @@ class PoolMemory:
         size: int,
         on_publish: Callable[[int, Buffer], None] | None = None,
         on_seal: Callable[[], None] | None = None,
+        on_close: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         pointer = lib.kdbusfs_map(fd, size)
         if pointer == ffi.NULL:
@@ -47,6 +50,7 @@ class PoolMemory:
         self._view = memoryview(ffi.buffer(self.pointer, size))
         self._on_publish = on_publish
         self._on_seal = on_seal
+        self._on_close = on_close
         self.is_sealed = False
 
     def write(self, offset: int, data: Buffer) -> None:
@@ -66,13 +70,18 @@ class PoolMemory:
             self._on_seal()
         self.is_sealed = True
 
-    def close(self) -> None:
+    def close(self, gone: Callable[[], None]) -> None:
         """The pool is gone. If it has been in use the mapping goes with the last reference, since
         a sender that was overtaken may still be filling it; else it goes now, and what is behind
         it can be made smaller."""
         self._on_publish = None
         if not self.is_sealed:
             self._unmap()
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close(gone)
+        else:
+            gone()
 
     def _unmap(self) -> None:
         pointer, self.pointer = self.pointer, None

@@ -52,6 +52,8 @@ class FakeMemory:
         self.visible = bytearray(size)
         self.sealed = False
         self.closed = False
+        self.mapped = False
+        """Whether the client goes on to have it mapped when it is closed."""
         self.may_read = False
         """Whether payload may be read back, which only a migrating message needs."""
 
@@ -75,8 +77,17 @@ class FakeMemory:
     def seal(self) -> None:
         self.sealed = True
 
-    def close(self) -> None:
+    def close(self, gone: Callable[[], None]) -> None:
         self.closed = True
+        self._gone = gone
+        if not self.mapped:
+            gone()
+
+    def unmap(self) -> None:
+        """The client gives up its mapping."""
+        self.mapped = False
+        if self.closed:
+            self._gone()
 
 
 @dataclass(eq=False)

@@ -385,6 +385,22 @@ def test_pools_of_a_user_have_a_share_of_the_address_space(bus: Bus) -> None:
     bus.hello(peer=FakePeer(2000), pool_size=4096)
 
 
+def test_a_pool_that_is_closed_and_still_mapped_counts_as_a_connection(bus: Bus) -> None:
+    space = space_of(bus)
+    bus.domain.core.user(2000).n_connections = 1023
+    client = bus.hello(peer=FakePeer(2000), pool_size=4096)
+    client.memory.mapped = True
+    memory = client.memory
+    client.close()
+    with fails(EMFILE):
+        bus.hello(peer=FakePeer(2000), pool_size=4096)
+    assert space.taken(2000) == 4096
+    memory.unmap()
+    assert space.taken(2000) == 0
+    bus.hello(peer=FakePeer(2000), pool_size=4096)
+    bus.domain.core.user(2000).n_connections -= 1023
+
+
 def test_many_users_leave_address_space_to_root(bus: Bus) -> None:
     space = space_of(bus)
     for uid in range(2000, 2100):

@@ -63,6 +63,7 @@ from mount.raw import (
     Bus,
     Connection,
     File,
+    Mapping,
     Memfd,
     Memory,
     fails,
@@ -562,6 +563,36 @@ def test_one_user_can_have_no_more_than_its_share_of_everything(
     alice.end()
     daemons.wait_until(lambda: fds_of(mount.pid) <= before + 8, "descriptors are left")
     person(ALICE).open(path(bus))
+
+
+def test_pools_that_are_closed_and_still_mapped_count(bus: Bus, person: NewPerson) -> None:
+    """Their memory is there as long as they are mapped: by closing them nobody gets more."""
+    alice = person(ALICE)
+    assert alice.run(_map_and_close, path(bus)) == (1024, EMFILE)
+    assert alive(bus, person)
+    alice.run(_unmap_all)
+    alice.connect(path(bus))
+
+
+_mapped: list[Mapping] = []
+
+
+def _map_and_close(endpoint: str) -> tuple[int, int]:
+    n = 0
+    try:
+        while True:
+            connection = _small_connection(endpoint)
+            _mapped.append(Mapping(connection.fd, connection.pool_size))
+            os.close(connection.fd)
+            connection.fd = -1
+            n += 1
+    except OSError as error:
+        return n, error.errno or 0
+
+
+def _unmap_all() -> None:
+    for mapping in _mapped:
+        mapping.unmap()
 
 
 def test_nobody_opens_control_without_end(
