@@ -57,6 +57,7 @@ from kdbusfs.abi.numbers import (
 )
 from kdbusfs.abi.structs import CREDS, I32, PIDS, U64
 from kdbusfs.errors import UserError
+from kdbusfs.peer.closers import CROWDED, MAX_THREADS, PER_USER
 from mount.processes import fds_of
 from mount.raw import (
     MIB,
@@ -234,6 +235,50 @@ def test_a_file_whose_server_is_dead_can_be_passed_and_holds_up_nobody(
     assert results == {"sent", "EMFILE"}
     assert fds_of(mount.pid) < 2400
     assert alive(bus, person)
+
+
+def test_many_users_whose_files_are_never_closed_have_a_bound_together(
+    mount: daemons.Mount, bus: Bus, person: NewPerson
+) -> None:
+    """As somebody with many subordinate uids has them."""
+    n_before = n_threads(mount.pid)
+    keeper = person(unshared=CLONE_NEWNS)
+    keeper.run(_make_private)
+    device = keeper.run(hostile.mount_it, 0, True)
+    server = keeper.fork()
+    server.start("run", hostile.serve, [device])
+    keeper.run(os.close, device)
+    file = keeper.run(os.open, hostile.FILE, os.O_RDONLY)
+    keeper.run(_send_as_others, path(bus), file)
+    daemons.wait_until(
+        lambda: n_threads(mount.pid) >= n_before + MAX_THREADS - 16, "not all threads are used"
+    )
+    assert n_threads(mount.pid) <= n_before + MAX_THREADS + 16
+    assert alive(bus, person)
+    with bus.connect() as other, open("/etc/passwd") as ordinary:
+        start = time.monotonic()
+        other.send(other.id, fds=[ordinary.fileno()])
+        other.take().close_fds()
+        assert time.monotonic() - start < SOON
+    server.end()
+    # Its file system is gone, and so all can be closed.
+    daemons.wait_until(lambda: n_threads(mount.pid) <= n_before + 16, "threads are left")
+
+
+def n_threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def _send_as_others(endpoint: str, file: int) -> None:
+    """As many users as it takes to have all threads that close: four each, then one each."""
+    connections = []
+    for uid in range(5000, 5000 + CROWDED // PER_USER + MAX_THREADS - CROWDED + 20):
+        os.setresuid(uid, uid, 0)
+        connections.append(_small_connection(endpoint))
+        connections[-1].send(connections[-1].id, fds=[file] * 8)
+        os.setresuid(0, 0, 0)
+    for connection in connections:
+        connection.close()
 
 
 def test_a_root_directory_whose_server_is_dead_holds_up_nobody(bus: Bus, person: NewPerson) -> None:
