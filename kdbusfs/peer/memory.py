@@ -8,7 +8,7 @@ from collections.abc import Callable
 from errno import ENOMEM
 from typing import Any
 
-from ..abi.errors import CommandError
+from ..abi.errors import CommandError, Stalled
 from ..abi.items import Buffer
 from ..native import ffi, lib
 
@@ -28,10 +28,12 @@ class PoolMemory:
         "_on_close",
         "_on_publish",
         "_on_seal",
+        "_pushed",
         "_view",
         "is_sealed",
         "pointer",
         "size",
+        "version",
     )
 
     def __init__(
@@ -52,18 +54,34 @@ class PoolMemory:
         self._on_seal = on_seal
         self._on_close = on_close
         self.is_sealed = False
+        self.version = 0
+        """Counts the writes."""
+        self._pushed: tuple[int, int, int] | None = None
+        """What a push that stalled has pushed in the end: range and version."""
 
     def write(self, offset: int, data: Buffer) -> None:
+        self.version += 1
         self._view[offset : offset + len(data)] = data
 
     def read(self, offset: int, size: int) -> bytes:
         return bytes(self._view[offset : offset + size])
 
     def publish(self, offset: int, size: int) -> None:
-        if self._on_publish is not None:
-            # Whole pages, which the kernel then never has to ask for.
-            start, end = offset & -_PAGE_SIZE, (offset + size + _PAGE_SIZE - 1) & -_PAGE_SIZE
-            self._on_publish(start, self._view[start : min(end, self.size)])
+        if self._on_publish is None:
+            return
+        # Whole pages, which the kernel then never has to ask for.
+        start = offset & -_PAGE_SIZE
+        end = min((offset + size + _PAGE_SIZE - 1) & -_PAGE_SIZE, self.size)
+        what = start, end, self.version
+        if self._pushed == what:
+            # By a request that has started anew since then: each page may stall, but only once.
+            self._pushed = None
+            return
+        try:
+            self._on_publish(start, self._view[start:end])
+        except Stalled:
+            self._pushed = what
+            raise
 
     def seal(self) -> None:
         if self._on_seal is not None:

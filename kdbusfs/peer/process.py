@@ -164,6 +164,7 @@ class Process:
     def fill(self, memory: Memory, offset: int, segments: Sequence[tuple[int, int]]) -> None:
         assert isinstance(memory, PoolMemory)
         tid = self.thread()
+        memory.version += 1
         to = memory.pointer + offset
         if len(segments) == 1 and segments[0][0]:
             address, size = segments[0]

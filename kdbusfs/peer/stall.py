@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.001
 """How often the watch looks while there are operations; what it sees twice stalls."""
-MAX_OF_CALL = 16
+MAX_OF_CALL = 64
 """How often one request may stall before it fails with EFAULT."""
 MAX_OF_USER = 32
 """How many calls of one user may stall at a time: each has a thread of ours."""
