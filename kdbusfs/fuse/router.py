@@ -94,6 +94,8 @@ class Router:
         self._kept: dict[int, deque[bytes]] = {}
         """By uid, requests of those whose calls stall too often already."""
         self._kept_is_next = False
+        self._hurries = False
+        """Whether one of these is to be served next, so that the wait for others is short."""
         self.has_pools = True
         """Whether the kernel can do the kind of pool that is wanted."""
 
@@ -154,6 +156,8 @@ class Router:
                 handles.again(memoryview(request))
                 continue
             timeout = _LOOK_NS if handles.has_interrupted else -1
+            if self._hurries:
+                self._hurries, timeout = False, 0
             if domain.watches_deadlines:
                 deadline = domain.next_deadline()
                 if deadline is not None:
@@ -188,15 +192,17 @@ class Router:
         calls again; the latter only every other time, so that others get theirs."""
         if self._backlog:
             return self._backlog.popleft()
-        self._kept_is_next = not self._kept_is_next
-        if self._kept_is_next:
-            for uid, queue in self._kept.items():
-                if not self._crew.users.has_its_share(uid):
-                    request = queue.popleft()
-                    if not queue:
-                        del self._kept[uid]
-                    return request
-        return None
+        users = self._crew.users
+        uid = next((uid for uid in self._kept if not users.has_its_share(uid)), None)
+        self._kept_is_next = uid is not None and not self._kept_is_next
+        if uid is None or not self._kept_is_next:
+            self._hurries = uid is not None
+            return None
+        queue = self._kept[uid]
+        request = queue.popleft()
+        if not queue:
+            del self._kept[uid]
+        return request
 
     def _write_reply(self) -> None:
         reply, self._handles.reply = self._handles.reply, b""
