@@ -78,14 +78,15 @@ class Reply:
         """The reply that came while suspended."""
         self.error = 0
         """What ended the wait while suspended."""
-        self.watch: list[Reply] = [self]
-        """How the domain knows it while its deadline means something; empty from then on."""
+        self.watch: list[Reply] = []
+        """How the domain knows it while its deadline means something; empty before and after."""
         self.unwatch: Callable[[], None] | None = None
         """Ends the watch on the cancel descriptor."""
 
     def enlist(self, request: QueueEntry) -> None:
         """Put it on its lists: *request* is about to be queued."""
         self.listed = self.queued = True
+        self.watch.append(self)
         request.reply = self
         self.requester.n_requests += 1
         self.requester.requests.append(self)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Requests, replies, deadlines, and calls that wait."""
 
+import gc
 from errno import (
     EAGAIN,
     EBADF,
@@ -26,6 +27,7 @@ import pytest
 from bus.fakes import FakeFile, FakePeer
 from bus.harness import SECOND, Bus, Client, Pending, fails, fds, item, memfd, vec
 from kdbusfs.abi.numbers import HelloFlag, ItemType, RecvFlag
+from kdbusfs.bus.reply import Reply
 
 I = ItemType  # noqa: E741
 DROP, PEEK = RecvFlag.DROP, RecvFlag.PEEK
@@ -59,6 +61,21 @@ def test_a_request_is_answered_once(client: Client, server: Client) -> None:
         server.reply(client, 5)
     client.domain.advance(2 * SECOND)
     assert client.inbox() == []
+
+
+def test_a_request_that_is_refused_keeps_nobody(bus: Bus, client: Client) -> None:
+    """Objects of the bus go with the last that refers to them: the collector looks seldom."""
+    target = bus.hello(flags=0)
+    fd = client.peer.open(FakeFile())
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            with fails(ECOMM):
+                client.request(target, fds(fd))
+        assert not [o for o in gc.get_objects() if isinstance(o, Reply)]
+    finally:
+        gc.enable()
 
 
 def test_a_request_may_be_answered_before_it_is_read(client: Client, server: Client) -> None:
