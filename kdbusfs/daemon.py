@@ -33,6 +33,9 @@ END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CAP_SYS_ADMIN = 21
 CAP_SYS_PTRACE = 19
 
+GRACE_SECONDS = 5.0
+"""How long the router may take to notice that the mount has gone."""
+
 log = logging.getLogger(__name__)
 
 
@@ -128,20 +131,28 @@ async def _serve_until_the_end(
 ) -> None:
     """Serve until the filesystem is unmounted, which a signal has us do ourselves."""
     async with trio.open_nursery() as nursery:
-        await nursery.start(_unmount_on_signal, mounted)
+        await nursery.start(_unmount_on_signal, session, mounted)
         await session.serve(ready)
         nursery.cancel_scope.cancel()
 
 
-async def _unmount_on_signal(mounted: mount.FuseMount, task_status: trio.TaskStatus[None]) -> None:
+async def _unmount_on_signal(
+    session: "Session", mounted: mount.FuseMount, task_status: trio.TaskStatus[None]
+) -> None:
     with trio.open_signal_receiver(*END_SIGNALS) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
         task_status.started()
         try:
             async for number in signals:
                 log.info("unmounting on %s", signal.Signals(number).name)
-                # In a thread: the tree must stay able to answer the kernel meanwhile.
-                await trio.to_thread.run_sync(mounted.unmount)
+                try:
+                    # In a thread: the tree must stay able to answer the kernel meanwhile.
+                    await trio.to_thread.run_sync(mounted.unmount)
+                except RuntimeError:
+                    # There is none to be had.
+                    mounted.unmount()
+                await trio.sleep(GRACE_SECONDS)
+                session.give_up()
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
 

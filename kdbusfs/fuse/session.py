@@ -99,6 +99,11 @@ class Session:
             await self._ended.wait()
             nursery.cancel_scope.cancel()
 
+    def give_up(self) -> None:
+        """The mount is gone, but the router does not come back from where it stalls."""
+        log.warning("the router is stuck in a caller's memory: ending without it")
+        self._end()
+
     def _end(self) -> None:
         self._ended.set()
         self._initialised.set()

@@ -100,11 +100,11 @@ class Process:
         self._status: Status | None = None
 
     def thread(self) -> int:
-        """The id of the thread, which is held at this moment; NotHeld if it is not."""
+        """The id of the thread, which is held at this moment. NotHeld if it was let go, Fault if
+        the kernel has let go of it."""
         if not self._held:
             raise NotHeld(f"{self.tid} has been let go")
         if self._pin is not None and not self._pin.is_held():
-            self.let_go()
             raise Fault("the kernel has let go of the caller")
         return self.tid
 

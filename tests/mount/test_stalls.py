@@ -2,6 +2,7 @@
 """Calls that stall, in the ways that cost most: signals, stores, many at a time, one's own pool."""
 
 import os
+import resource
 import signal
 import socket
 import threading
@@ -43,11 +44,13 @@ def vec(pages: Trap) -> Vec:
 # --- signals
 
 
-def _call_from_a_trap(bus: Bus, to: int, test: socket.socket) -> str:
+def _call_from_a_trap(
+    bus: Bus, to: int, test: socket.socket, conn: Connection | None = None
+) -> str:
     """A synchronous call whose payload stalls until the test says "go"."""
     signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.siginterrupt(signal.SIGUSR1, True)
-    with bus.connect() as conn:
+    with conn or bus.connect() as conn:
         pages = Trap(1)
 
         def serve() -> None:
@@ -60,6 +63,12 @@ def _call_from_a_trap(bus: Bus, to: int, test: socket.socket) -> str:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         return outcome(lambda: conn.call(to, vec(pages), timeout=LONG))
+
+
+def _call_and_stay(bus: Bus, to: int, test: socket.socket, conn: Connection) -> None:
+    """The same; the pages are never there, also when the call has ended."""
+    _call_from_a_trap(bus, to, test, conn)
+    threading.Event().wait()
 
 
 def test_a_signal_that_comes_while_the_payload_stalls_ends_the_wait(bus: Bus) -> None:
@@ -192,6 +201,32 @@ def test_a_signal_ends_the_daemon_under_calls_that_stall(tmp_path: Path, pool: s
         assert mount.end() == 0
         for caller in callers:
             assert caller.result() in ("ECONNABORTED", "ENOTCONN")
+
+
+@pytest.mark.parametrize("pool", daemons.POOL_KINDS)
+def test_a_signal_ends_a_daemon_that_is_stuck_since_it_gets_no_thread(
+    tmp_path: Path, pool: str
+) -> None:
+    with (
+        daemons.running(tmp_path, pool) as mount,
+        Bus(mount.path) as bus,
+        bus.connect() as target,
+    ):
+        connections = [bus.connect() for _ in range(2)]
+        # There is room, but not for a thread's stack.
+        size = int(Path(f"/proc/{mount.pid}/statm").read_text().split()[0]) * PAGE
+        resource.prlimit(mount.pid, resource.RLIMIT_AS, (size + 120 * PAGE, MIB << 20))
+        callers = [
+            Child(lambda test, conn=conn: _call_and_stay(bus, target.id, test, conn))
+            for conn in connections
+        ]
+        for caller in callers:
+            caller.hear()
+        assert mount.end() == 0
+        for caller in callers:
+            caller.kill()
+        for conn in connections:
+            conn.close()
 
 
 # --- one's own pool
