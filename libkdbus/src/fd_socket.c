@@ -74,13 +74,17 @@ void kdbus_fd_socket_deinit(KdbusFdSocket *fd_socket)
 	pthread_mutex_destroy(&fd_socket->lock);
 }
 
-static KdbusFdPacket *packet_new(const struct kdbusfs_fd_packet *data, struct msghdr *msg)
+static KdbusFdPacket *packet_new(const struct kdbusfs_fd_packet_lost *data, struct msghdr *msg)
 {
 	KdbusFdPacket *packet;
 
 	packet = malloc(sizeof(*packet) + N_FDS_MAX * sizeof(int));
 	if (packet)
-		*packet = (KdbusFdPacket){ .offset = data->offset, .n_sent = data->n_fds };
+		*packet = (KdbusFdPacket){
+			.offset = data->packet.offset,
+			.n_sent = data->packet.n_fds & ~KDBUSFS_FD_PACKET_LOST,
+			.lost = data->lost,
+		};
 
 	for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
 		size_t n = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
@@ -107,7 +111,7 @@ static bool socket_recv(KdbusFdSocket *fd_socket, KdbusFdPacket **packetp)
 		struct cmsghdr align;
 		uint8_t bytes[CMSG_SPACE(N_FDS_MAX * sizeof(int))];
 	} control;
-	struct kdbusfs_fd_packet data;
+	struct kdbusfs_fd_packet_lost data = {};
 	struct iovec iov = { .iov_base = &data, .iov_len = sizeof(data) };
 	struct msghdr msg = {
 		.msg_iov = &iov,
@@ -124,7 +128,7 @@ static bool socket_recv(KdbusFdSocket *fd_socket, KdbusFdPacket **packetp)
 		return false;
 
 	*packetp = packet_new(&data, &msg);
-	if (n != sizeof(data))
+	if ((size_t)n != (data.packet.n_fds & KDBUSFS_FD_PACKET_LOST ? sizeof(data) : sizeof(data.packet)))
 		kdbus_fd_packet_freep(packetp);
 	return true;
 }

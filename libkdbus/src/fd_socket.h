@@ -24,6 +24,8 @@ struct KdbusFdPacket {
 	uint64_t offset;
 	/* as sent; some may not have made it because of RLIMIT_NOFILE */
 	uint64_t n_sent;
+	/* bit n: the nth of them could not be sent */
+	uint64_t lost;
 	size_t n_fds;
 	int fds[];
 };

@@ -515,13 +515,24 @@ static int message_parse(struct kdbus_message *message, const struct kdbus_msg *
 	return r ?: kdbus_items_check(msg->items, n_items);
 }
 
+/* the next descriptor of the packet, or -1 if it could not be sent or did not fit in the table */
+static int packet_next(KdbusFdPacket *packet, uint64_t *positionp, size_t *n_takenp)
+{
+	uint64_t position = (*positionp)++;
+
+	if (position >= 64 || packet->lost >> position & 1 || *n_takenp >= packet->n_fds)
+		return -1;
+	return packet->fds[(*n_takenp)++];
+}
+
 /*
  * Descriptors by the socket: the numbers in the slice mean nothing. FDS is left
  * out as a whole for a connection that does not accept descriptors.
  */
 static void message_assign_fds(struct kdbus_message *message, KdbusFdPacket *packet)
 {
-	size_t n_packet = 0, n_fds = message->n_fds;
+	size_t n_taken = 0, n_fds = message->n_fds;
+	uint64_t position = 0;
 
 	for (size_t i = 0; i < message->n_fds; ++i)
 		message->fds[i] = -1;
@@ -531,17 +542,17 @@ static void message_assign_fds(struct kdbus_message *message, KdbusFdPacket *pac
 	if (packet && packet->n_sent == message->n_memfds)
 		n_fds = 0;
 	if (packet && packet->n_sent == n_fds + message->n_memfds) {
-		for (size_t i = 0; i < n_fds && n_packet < packet->n_fds; ++i)
-			message->fds[i] = packet->fds[n_packet++];
-		for (size_t i = 0; i < message->n_parts && n_packet < packet->n_fds; ++i)
+		for (size_t i = 0; i < n_fds; ++i)
+			message->fds[i] = packet_next(packet, &position, &n_taken);
+		for (size_t i = 0; i < message->n_parts; ++i)
 			if (message->parts[i].type == KDBUS_PART_MEMFD)
-				message->parts[i].fd = packet->fds[n_packet++];
+				message->parts[i].fd = packet_next(packet, &position, &n_taken);
 		/* those are ours now, the rest (there is none) is closed */
-		memmove(packet->fds, packet->fds + n_packet,
-			(packet->n_fds - n_packet) * sizeof(int));
-		packet->n_fds -= n_packet;
+		memmove(packet->fds, packet->fds + n_taken,
+			(packet->n_fds - n_taken) * sizeof(int));
+		packet->n_fds -= n_taken;
 	}
-	if (n_packet < message->n_fds + message->n_memfds)
+	if (n_taken < message->n_fds + message->n_memfds)
 		message->incomplete = true;
 }
 

@@ -60,14 +60,21 @@ static struct kdbus_conn *conn_new_fake(int *daemon_fdp)
 	return conn;
 }
 
-static void send_packet(int fd, uint64_t offset, const int *fds, size_t n_fds)
+/* bit n of @lost: the nth descriptor is not in @fds */
+static void send_packet_lost(int fd, uint64_t offset, const int *fds, size_t n_fds, uint64_t lost)
 {
-	struct kdbusfs_fd_packet data = { .offset = offset, .n_fds = n_fds };
+	struct kdbusfs_fd_packet_lost data = {
+		.packet = {
+			.offset = offset,
+			.n_fds = lost ? (n_fds + __builtin_popcountll(lost)) | KDBUSFS_FD_PACKET_LOST : n_fds,
+		},
+		.lost = lost,
+	};
 	union {
 		struct cmsghdr header;
 		char bytes[CMSG_SPACE(16 * sizeof(int))];
 	} control = {};
-	struct iovec iov = { .iov_base = &data, .iov_len = sizeof(data) };
+	struct iovec iov = { .iov_base = &data, .iov_len = lost ? sizeof(data) : sizeof(data.packet) };
 	struct msghdr msg = {
 		.msg_iov = &iov,
 		.msg_iovlen = 1,
@@ -80,10 +87,15 @@ static void send_packet(int fd, uint64_t offset, const int *fds, size_t n_fds)
 	control.header.cmsg_type = SCM_RIGHTS;
 	control.header.cmsg_len = CMSG_LEN(n_fds * sizeof(int));
 	memcpy(CMSG_DATA(&control.header), fds, n_fds * sizeof(int));
-	assert(sendmsg(fd, &msg, 0) == sizeof(data));
+	assert(sendmsg(fd, &msg, 0) == (ssize_t)iov.iov_len);
 	/* what the receiver gets are duplicates */
 	for (size_t i = 0; i < n_fds; ++i)
 		close(fds[i]);
+}
+
+static void send_packet(int fd, uint64_t offset, const int *fds, size_t n_fds)
+{
+	send_packet_lost(fd, offset, fds, n_fds, 0);
 }
 
 /* a received message at @offset: "foo", two zeros, a memfd, two descriptors */
@@ -374,6 +386,38 @@ static void test_receive_by_socket(void)
 	close(daemon_fd);
 }
 
+/* Those that could not be sent are missing, and no others, wherever they are. */
+static void test_receive_by_socket_lost(void)
+{
+	int none[2] = { -1, -1 }, fd, daemon_fd;
+	struct kdbus_conn *conn = conn_new_fake(&daemon_fd);
+
+	for (uint64_t lost = 1; lost < 7; ++lost) {
+		struct kdbus_message *message = NULL;
+		struct kdbus_msg_info info = put_message(conn, 0, none, -1);
+		int fds[3];
+		size_t n = 0;
+
+		for (int i = 0; i < 3; ++i)
+			if (!(lost >> i & 1))
+				fds[n++] = i < 2 ? open_null() : make_memfd();
+		send_packet_lost(daemon_fd, 0, fds, n, lost);
+		for (size_t i = 0; i < n; ++i)
+			if (is_open(fds[i]))
+				close(fds[i]);
+		assert(kdbus_message_new_from_slice(&message, conn, &info) == 0);
+		assert(kdbus_message_is_incomplete(message));
+		for (int i = 0; i < 2; ++i)
+			assert((kdbus_message_get_fd(message, i, &fd) == 0) == !(lost >> i & 1));
+		assert((kdbus_message_get_memfd(message, 2, &fd, NULL, NULL) == 0) == !(lost >> 2));
+		if (!(lost >> 2))
+			check_parts(message);
+		kdbus_message_free(message);
+	}
+	kdbus_conn_free(conn);
+	close(daemon_fd);
+}
+
 static void test_receive_withheld(void)
 {
 	_cleanup_(kdbus_message_freep) struct kdbus_message *message = NULL;
@@ -528,6 +572,7 @@ int main(void)
 	test_build();
 	test_receive_installed();
 	test_receive_by_socket();
+	test_receive_by_socket_lost();
 	test_receive_withheld();
 	test_receive_nonsense();
 	test_peek();

@@ -40,11 +40,22 @@ struct kdbusfs_cmd_fd_socket {
  * A connection without KDBUS_HELLO_ACCEPT_FD (only a monitor gets messages with
  * descriptors then) gets the memfds alone. The packet is there before the ioctl
  * returns, and only if there are any.
+ *
+ * Some files can't be sent over a socket: an io_uring, or one that a security module denies. If
+ * there are any, KDBUSFS_FD_PACKET_LOST is set in n_fds, and struct kdbusfs_fd_packet_lost is the
+ * data: bit n of lost stands for the nth descriptor, which is not among those of the packet.
  */
 struct kdbusfs_fd_packet {
 	__u64 offset;			/* of the slice that they belong to */
-	__u64 n_fds;
+	__u64 n_fds;			/* all of them, lost or not */
 } __attribute__((__aligned__(8)));
+
+struct kdbusfs_fd_packet_lost {
+	struct kdbusfs_fd_packet packet;
+	__u64 lost;
+} __attribute__((__aligned__(8)));
+
+#define KDBUSFS_FD_PACKET_LOST (1ULL << 63)
 
 __extension__ enum kdbusfs_ioctl_type {
 	KDBUSFS_CMD_FD_SOCKET		= _IOW(KDBUS_IOCTL_MAGIC, 0xf0,
