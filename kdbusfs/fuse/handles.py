@@ -14,7 +14,6 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from errno import (
     EBADF,
     EBUSY,
@@ -44,13 +43,13 @@ from ..bus.endpoint import Endpoint
 from ..bus.handle import Handle
 from ..bus.node import Node
 from ..bus.quota import Shares
-from ..native import ffi, lib
 from ..peer.closers import CLOSERS
-from ..peer.descriptors import FileDescriptor, Watcher
+from ..peer.descriptors import FileDescriptor, Watcher, can_be_sent
 from ..peer.memory import PoolMemory
 from ..peer.process import Process
 from ..peer.stall import MAX_OF_CALL
 from ..peer.table import check_exhausted
+from ..peer.tracer import Installation, Tracer
 from . import wire
 from .backing import Backing
 from .ioctl import Ioctl, Ioctls
@@ -65,9 +64,6 @@ _DIRECTION_READ = 0x80000000
 _HUNG_UP = POLLERR | POLLHUP
 _WRITABLE = POLLOUT | POLLWRNORM
 _READABLE = POLLIN | POLLRDNORM | _WRITABLE
-_TRACERS = 16
-"""How many callers may be under ptrace at a time; each can take up to the timeout."""
-_TRACER_TIMEOUT_NS = 5_000_000_000
 _INCOMPLETE = int(RecvReturnFlag.INCOMPLETE_FDS)
 _MAX_OPEN = 4 * int(Limit.USER_CONNECTIONS)
 """Endpoints a user may have open, but for root: all its connections, and many that have not said
@@ -77,6 +73,9 @@ _MOST_OPENS = 2 * _MAX_OPEN
 """Files of the mount that may be open at all, and by one user."""
 _SOCKET_HEADER = Struct("=QQ")
 """What precedes descriptors on a connection's socket: offset of the slice, how many."""
+_SOCKET_HEADER_LOST = Struct("=QQQ")
+"""The same if some could not be sent: _LOST is set in how many, and their positions follow."""
+_LOST = 1 << 63
 _BY_SOCKET = frozenset({ExtensionCommand.RECV, ExtensionCommand.SEND})
 
 _collect, _collected = CLOSERS.collect, CLOSERS.collected
@@ -157,7 +156,7 @@ class Handles:
         """The call that is being handled, or was the latest."""
         self.reply: Buffer = b""
         """Its answer, if that is ready: the router writes it as it goes for the next request."""
-        self._workers = ThreadPoolExecutor(_TRACERS, "kdbusfs-tracer")
+        self._tracer = Tracer(device)
         # One that is there whatever comes.
         CLOSERS.start_thread()
 
@@ -168,7 +167,7 @@ class Handles:
             self._ioctls.settle(ioctl)
         for fh in list(self._files):
             self._close_file(fh)
-        self._workers.shutdown()
+        self._tracer.close()
 
     # --- replies
 
@@ -486,65 +485,69 @@ class Handles:
             self._send(ioctl, reply, has_turn)
             self._traced_call(ioctl, 0)
         else:
-            # The flags are stored for the worst case first, and mended when it did not come.
-            self._put_return_flags(ioctl, _INCOMPLETE)
-            reply, _ = self._result(ioctl, 0)
-            tid = ioctl.process.thread()
-            if self._ioctls.settle(ioctl):
-                self._workers.submit(self._install, ioctl, tid, delivery, reply)
+            self._install(ioctl, delivery)
 
     def _send_fds(self, to: FileDescriptor, delivery: Delivery) -> bool:
-        """Send descriptors over a connection's own socket; False if it would not take them."""
+        """Send descriptors over a connection's own socket; False if it would not take them all."""
         fds = [d.fd for d in delivery.descriptors if isinstance(d, FileDescriptor)]
         if not fds:
             return True
-        header = _SOCKET_HEADER.pack(delivery.slice.offset, len(fds))
+        offset = delivery.slice.offset
         try:
-            to.send(header, fds)
-        except OSError as error:
+            to.send(_SOCKET_HEADER.pack(offset, len(fds)), fds)
+        except BlockingIOError as error:
             log.debug("descriptors not sent: %s", error)
             return False
+        except OSError as error:
+            log.debug("some descriptors not sent: %s", error)
+            self._send_some_fds(to, offset, fds)
+            return False
         return True
+
+    def _send_some_fds(self, to: FileDescriptor, offset: int, fds: list[int]) -> None:
+        """Send those that can be sent."""
+        lost = 0
+        for position, fd in enumerate(fds):
+            if not can_be_sent(fd):
+                lost |= 1 << position
+        rest = [fd for position, fd in enumerate(fds) if not lost >> position & 1]
+        if not rest:
+            return
+        try:
+            to.send(_SOCKET_HEADER_LOST.pack(offset, len(fds) | _LOST, lost), rest)
+        except OSError as error:
+            log.debug("descriptors not sent: %s", error)
 
     def _put_return_flags(self, call: Call, flags: int) -> None:
         """Set msg.return_flags (RECV) or reply.return_flags (SEND)."""
         U64.pack_into(call.data, call.store[1] - 8, flags)
 
-    def _install(self, call: Call, tid: int, delivery: Delivery, reply: bytes) -> None:
-        """In a worker: answer the call of thread *tid* and put descriptors into its table."""
-        _collect(call.peer.uid)
-        fds = [d.fd for d in delivery.descriptors if isinstance(d, FileDescriptor)]
-        numbers = ffi.new("int32_t[]", [-1] * max(len(fds), 1))
-        state = ffi.new("struct kdbusfs_install *")
-        error = lib.kdbusfs_install_begin(
-            state,
-            self._device,
-            reply,
-            len(reply),
-            tid,
-            ffi.new("int32_t[]", fds),
-            len(fds),
-            numbers,
-            _TRACER_TIMEOUT_NS,
-        )
-        if error:
-            log.debug("descriptors not installed in %d: %s", tid, os.strerror(-error))
+    def _install(self, ioctl: Ioctl, delivery: Delivery) -> None:
+        """Have the call answered, and descriptors put into its caller's table."""
+        # The flags are stored for the worst case first, and mended when it did not come.
+        self._put_return_flags(ioctl, _INCOMPLETE)
+        reply, _ = self._result(ioctl, 0)
+        content = ioctl.data[: ioctl.store[1]]
+        uid = ioctl.process.uid
+        tid = ioctl.process.thread()
+
+        def release() -> None:
+            _collect(uid)
             delivery.release()
             self._wait_for_closing()
+
+        def tell(numbers: list[int]) -> Buffer:
+            self._put_return_flags(ioctl, delivery.installed(numbers))
+            release()
+            return ioctl.data[: ioctl.store[1]]
+
+        def answered() -> None:
+            self._traced_call(ioctl, 0)
+
+        fds = [d.fd for d in delivery.descriptors if isinstance(d, FileDescriptor)]
+        job = Installation(tid, uid, reply, ioctl.address, content, fds, tell, release, answered)
+        if self._ioctls.settle(ioctl) and not self._tracer.install(job):
             self._write(reply)
-        elif state.held:
-            try:
-                flags = delivery.installed(list(numbers)[: len(fds)])
-                if not flags:
-                    at = call.address + call.store[1] - 8
-                    lib.kdbusfs_vm_write_held(tid, at, bytes(8), 8)
-                delivery.release()
-                self._wait_for_closing()
-            finally:
-                lib.kdbusfs_install_end(state)
-        else:
-            delivery.release()
-        self._traced_call(call, 0)
 
     @staticmethod
     def _wait_for_closing() -> None:
@@ -591,17 +594,13 @@ class Handles:
 
     def _restart(self, ioctl: Ioctl) -> None:
         reply, _ = self._result(ioctl, EINTR)
-        tid = ioctl.process.thread()
-        if self._ioctls.settle(ioctl):
-            self._workers.submit(self._restart_in_worker, ioctl, tid, reply)
+        uid, tid = ioctl.process.uid, ioctl.process.thread()
 
-    def _restart_in_worker(self, call: Call, tid: int, reply: bytes) -> None:
-        """Answer with EINTR in such a way that the kernel restarts the call where it should."""
-        error = lib.kdbusfs_interrupt(self._device, reply, len(reply), tid, _TRACER_TIMEOUT_NS)
-        if error:
-            log.debug("plain EINTR for %d: %s", tid, os.strerror(-error))
+        def answered() -> None:
+            self._traced_call(ioctl, EINTR)
+
+        if self._ioctls.settle(ioctl) and not self._tracer.restart(tid, uid, reply, answered):
             self._write(reply)
-        self._traced_call(call, EINTR)
 
     # --- poll
 

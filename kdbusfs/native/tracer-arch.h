@@ -4,24 +4,23 @@
 /*
  * Registers of a stopped thread, one architecture at a time
  *
- * A call is injected by stepping back onto the system call instruction that the
- * thread has just come from. Syscall user dispatch let that very instruction pass
- * a moment ago, and rseq(2) forbids it in a critical section, so neither is in the
- * way. The kernel keeps all registers across a system call but the few given
- * here, so a call that follows starts from the saved set again.
+ * A thread that comes from a system call is sent back onto the instruction that it came by, to
+ * make the same call again; at the entry of that, the call is replaced by another one. The
+ * kernel keeps all registers across a system call but the few given here.
  *
  *   ARCH_HAS_TRACER   descriptors can be installed
  *   ARCH_HAS_RESTART  the result of a call can be turned into a restart
- *   arch_call()       make @regs those that perform call @nr
- *   arch_result()     of the call, at its exit stop
- *   arch_stack()      lowest address that may be in use on the stack
+ *   ARCH_AUDIT        what PTRACE_GET_SYSCALL_INFO calls the architecture
+ *   arch_again()      make @regs those that make the same call again
+ *   arch_nr(), arch_args(), arch_ip(), arch_sp()
+ *                     of such @regs, as the entry of that call has to show them
+ *   arch_replace()    make the call at whose entry the thread stands another one
  *   arch_is_restart() is the result one that makes the kernel restart the call?
- *   arch_instruction(), arch_is_call()
- *                     address of the instruction come from; is it a system call?
  */
 
 #include <elf.h>
 #include <errno.h>
+#include <linux/audit.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -34,14 +33,49 @@
 
 #define ARCH_HAS_TRACER 1
 #define ARCH_HAS_RESTART 1
-#define ARCH_INSTRUCTION_SIZE 2
+#define ARCH_AUDIT AUDIT_ARCH_X86_64
 
-static inline void arch_call(struct user_regs_struct *regs, long nr, const uint64_t *args)
+static inline void arch_again(struct user_regs_struct *regs)
 {
-	regs->rip -= ARCH_INSTRUCTION_SIZE;
-	regs->rax = nr;
+	regs->rip -= 2; /* the length of `syscall`; what else it may have been shows at the entry */
+	regs->rax = regs->orig_rax;
 	/* not in a system call, or a restart might be read from rax on the way out */
 	regs->orig_rax = -1;
+}
+
+static inline long arch_nr(const struct user_regs_struct *again)
+{
+	return again->rax;
+}
+
+static inline void arch_args(const struct user_regs_struct *again, uint64_t *args)
+{
+	args[0] = again->rdi;
+	args[1] = again->rsi;
+	args[2] = again->rdx;
+	args[3] = again->r10;
+	args[4] = again->r8;
+	args[5] = again->r9;
+}
+
+static inline uint64_t arch_ip(const struct user_regs_struct *again)
+{
+	return again->rip;
+}
+
+static inline uint64_t arch_ip_at_entry(const struct user_regs_struct *again)
+{
+	return again->rip + 2;
+}
+
+static inline uint64_t arch_sp(const struct user_regs_struct *again)
+{
+	return again->rsp;
+}
+
+static inline void arch_replace_args(struct user_regs_struct *regs, long nr, const uint64_t *args)
+{
+	regs->orig_rax = nr;
 	regs->rdi = args[0];
 	regs->rsi = args[1];
 	regs->rdx = args[2];
@@ -50,25 +84,10 @@ static inline void arch_call(struct user_regs_struct *regs, long nr, const uint6
 	regs->r9 = args[5];
 }
 
-static inline long arch_result(const struct user_regs_struct *regs)
+static inline int arch_replace_nr(pid_t tid, long nr)
 {
-	return regs->rax;
-}
-
-static inline uint64_t arch_stack(const struct user_regs_struct *regs)
-{
-	return regs->rsp - 128; /* the red zone of the psABI */
-}
-
-static inline uint64_t arch_instruction(const struct user_regs_struct *regs)
-{
-	return regs->rip - ARCH_INSTRUCTION_SIZE;
-}
-
-/* `syscall`. A 64-bit thread may also have come by `int 0x80`, which has other numbers. */
-static inline bool arch_is_call(const struct user_regs_struct *regs, uint32_t instruction)
-{
-	return (long)regs->orig_rax >= 0 && (instruction & 0xffff) == 0x050f;
+	(void)tid, (void)nr;
+	return 0;
 }
 
 static inline bool arch_is_restart(const struct user_regs_struct *regs)
@@ -102,47 +121,61 @@ static inline int arch_restart(pid_t tid)
 
 #define ARCH_HAS_TRACER 1
 #define ARCH_HAS_RESTART 0
-#define ARCH_INSTRUCTION_SIZE 4
+#define ARCH_AUDIT AUDIT_ARCH_AARCH64
 
 /*
- * The kernel shows in x7 whether a thread enters or leaves a call, and puts the value
- * of the entry back after the exit stop. arch_call() does not change x7, so that is
- * also the value to end up with. The thread is out of its call as far as
- * the kernel is concerned (syscallno is reset before the stop), or comes from one of
- * ours, and x0 then holds an argument that is no ERESTART code: NT_ARM_SYSTEM_CALL
- * need not be set.
+ * The kernel shows in x7 whether a thread enters or leaves a call, and puts the value of before
+ * back after either stop, so x7 need not be right there. The first argument is not shown once
+ * the call has a result: made again, the call has a bad one, and fails with EBADF.
  */
-static inline void arch_call(struct user_regs_struct *regs, long nr, const uint64_t *args)
+static inline void arch_again(struct user_regs_struct *regs)
 {
-	regs->pc -= ARCH_INSTRUCTION_SIZE;
-	regs->regs[8] = nr;
+	regs->pc -= 4;
+	regs->regs[0] = -1;
+}
+
+static inline long arch_nr(const struct user_regs_struct *again)
+{
+	return again->regs[8];
+}
+
+static inline void arch_args(const struct user_regs_struct *again, uint64_t *args)
+{
+	for (size_t i = 0; i < 6; i++)
+		args[i] = again->regs[i];
+}
+
+static inline uint64_t arch_ip(const struct user_regs_struct *again)
+{
+	return again->pc;
+}
+
+static inline uint64_t arch_ip_at_entry(const struct user_regs_struct *again)
+{
+	return again->pc + 4;
+}
+
+static inline uint64_t arch_sp(const struct user_regs_struct *again)
+{
+	return again->sp;
+}
+
+static inline void arch_replace_args(struct user_regs_struct *regs, long nr, const uint64_t *args)
+{
+	(void)nr;
 	for (size_t i = 0; i < 6; i++)
 		regs->regs[i] = args[i];
 }
 
-static inline long arch_result(const struct user_regs_struct *regs)
+static inline int arch_replace_nr(pid_t tid, long nr)
 {
-	return regs->regs[0];
+	int number = nr;
+	struct iovec v = { &number, sizeof(number) };
+
+	return ptrace(PTRACE_SETREGSET, tid, NT_ARM_SYSTEM_CALL, &v) < 0 ? -errno : 0;
 }
 
-static inline uint64_t arch_stack(const struct user_regs_struct *regs)
-{
-	return regs->sp;
-}
-
-static inline uint64_t arch_instruction(const struct user_regs_struct *regs)
-{
-	return regs->pc - ARCH_INSTRUCTION_SIZE;
-}
-
-/* `svc #0` */
-static inline bool arch_is_call(const struct user_regs_struct *regs, uint32_t instruction)
-{
-	(void)regs;
-	return instruction == 0xd4000001;
-}
-
-/* then pc is back on the instruction already, and arch_is_call() fails */
+/* then the registers are those before the call already, and the call made again is another one */
 static inline bool arch_is_restart(const struct user_regs_struct *regs)
 {
 	(void)regs;
@@ -178,6 +211,16 @@ static inline int arch_set_regs(pid_t tid, const struct user_regs_struct *regs)
 	struct iovec v = { (void *)regs, sizeof(*regs) };
 
 	return ptrace(PTRACE_SETREGSET, tid, NT_PRSTATUS, &v) < 0 ? -errno : 0;
+}
+
+/* The thread stands at the entry of a call. */
+static inline int arch_replace(pid_t tid, struct user_regs_struct *regs, long nr, const uint64_t *args)
+{
+	int r;
+
+	arch_replace_args(regs, nr, args);
+	r = arch_set_regs(tid, regs);
+	return r < 0 ? r : arch_replace_nr(tid, nr);
 }
 
 #endif

@@ -89,6 +89,17 @@ def charge(uid: int) -> None:
     TABLE.charge(uid)
 
 
+def can_be_sent(fd: int) -> bool:
+    """Whether an AF_UNIX socket takes it: not an io_uring, nor what a security module denies."""
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with a, b:
+        try:
+            socket.send_fds(a, [b""], [fd], socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+    return True
+
+
 class FileDescriptor:
     """One open file of a caller, under a number *fd* of ours that user *uid* was charged for: the
     real `bus.peer.Descriptor`. It is closed when its last holder releases it; what nobody released

@@ -18,6 +18,9 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
+#include <netinet/in.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -31,6 +34,7 @@
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -59,7 +63,10 @@ typedef struct Client {
 		long result;
 		pid_t child;
 		bool go_on;
+		int input;
+		void *address;
 		char byte;
+		uint8_t room[KDBUSFS_MAX_ROOM];
 	} volatile *shared;
 } Client;
 
@@ -274,10 +281,27 @@ static int client_end(Client *client)
 	return status;
 }
 
+static int32_t begin_for(Client *client, struct kdbusfs_install *install, int device, pid_t pid, const int32_t *fds,
+			 size_t n_fds, int32_t *numbers, uint64_t timeout_ns)
+{
+	return kdbusfs_install_begin(install, device, "", 1, pid, -1, (uintptr_t)client->shared->room,
+				     (const void *)client->shared->room, KDBUSFS_MAX_ROOM, fds, n_fds, numbers, timeout_ns);
+}
+
 static int32_t client_begin(Client *client, struct kdbusfs_install *install, const int32_t *fds, size_t n_fds)
 {
-	return kdbusfs_install_begin(install, client->device, "", 1, client->pid, fds, n_fds,
-				     (int32_t *)client->shared->numbers, DEADLINE);
+	memset((void *)client->shared->room, 0x5a, KDBUSFS_MAX_ROOM);
+	return begin_for(client, install, client->device, client->pid, fds, n_fds, (int32_t *)client->shared->numbers,
+			 DEADLINE);
+}
+
+/* The room is as it was before. */
+static bool client_has_room(void)
+{
+	for (size_t i = 0; i < KDBUSFS_MAX_ROOM; ++i)
+		if (client_shared->room[i] != 0x5a)
+			return false;
+	return true;
 }
 
 static bool client_is_answered(Client *client)
@@ -313,6 +337,7 @@ static int test_install(void)
 
 			check(held_call(client.input, NULL) > 0);
 			client_check(fds, ns[i], ns[i]);
+			check(client_has_room());
 			check(count_entries("/proc/self/fd") == n);
 			_exit(0);
 		}
@@ -320,8 +345,8 @@ static int test_install(void)
 		check(client_begin(&client, &install, fds, ns[i]) == 0);
 		check(install.held && install.n_installed == ns[i]);
 		check(state_of(client.pid) == 't');
-		kdbusfs_install_end(&install);
-		kdbusfs_install_end(&install);
+		kdbusfs_install_end(&install, NULL);
+		kdbusfs_install_end(&install, NULL);
 		check(client_end(&client) == 0);
 	}
 	return 0;
@@ -346,8 +371,45 @@ static int test_lost_ones_are_left_out(void)
 	client_await(&client);
 	check(client_begin(&client, &install, fds, 5) == 0);
 	check(install.n_installed == 3);
-	kdbusfs_install_end(&install);
+	kdbusfs_install_end(&install, NULL);
 	return client_end(&client);
+}
+
+/* AF_UNIX sockets do not take an io_uring: it is lost alone, wherever it is among the others. */
+static int test_refused_ones_are_left_out(void)
+{
+	uint8_t params[120] = {};
+	int ring = syscall(SYS_io_uring_setup, 4, params);
+
+	if (ring < 0)
+		return SKIP;
+	for (int at = 0; at < 16; at += 5) {
+		struct kdbusfs_install install;
+		int32_t fds[16];
+		Client client;
+
+		make_fds(fds, 16);
+		client_new(&client);
+		client.pid = client_fork(&client);
+		if (!client.pid) {
+			check(held_call(client.input, NULL) > 0);
+			check(client_shared->numbers[at] == -1);
+			client_check(fds, 16, 15);
+			check(client_has_room());
+			_exit(0);
+		}
+		close(fds[at]);
+		fds[at] = ring;
+		client_await(&client);
+		check(client_begin(&client, &install, fds, 16) == 0);
+		check(install.n_installed == 15);
+		kdbusfs_install_end(&install, NULL);
+		check(client_end(&client) == 0);
+		for (int i = 0; i < 16; ++i)
+			if (i != at)
+				close(fds[i]);
+	}
+	return 0;
 }
 
 /* Slots are filled to the last one, in order. */
@@ -381,7 +443,7 @@ static int test_nofile_limit(void)
 		client_await(&client);
 		check(client_begin(&client, &install, fds, 4) == 0);
 		check(install.held && (int)install.n_installed == n_expected);
-		kdbusfs_install_end(&install);
+		kdbusfs_install_end(&install, NULL);
 		check(client_end(&client) == 0);
 		for (int i = 0; i < 4; ++i)
 			close(fds[i]);
@@ -393,46 +455,46 @@ static int test_nofile_limit(void)
 	BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (_nr), 0, 1),    \
 	BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS)
 
+/* Each call that is needed is one that the filter may deny. Then none is made, or the thread would be killed. */
 static int test_seccomp(void)
 {
-	struct sock_filter filter[] = {
-		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-		DENY(SYS_socket),
-		DENY(SYS_recvmsg),
-		DENY(SYS_close),
-		DENY(SYS_mmap),
-		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-	};
-	struct sock_fprog program = { sizeof(filter) / sizeof(*filter), filter };
-	struct kdbusfs_install install;
+	static const int denied[] = { SYS_mkdirat, SYS_socket, SYS_recvmsg, SYS_recvfrom, SYS_sendto };
 	int32_t fds[3];
-	int r, status;
-	Client client;
 
 	make_fds(fds, 3);
-	client_new(&client);
-	client.pid = client_fork(&client);
-	if (!client.pid) {
-		check(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) >= 0);
-		check(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) >= 0);
-		check(held_call(client.input, NULL) > 0);
-		check(client_shared->numbers[2] >= 0);
-		close(client_shared->numbers[2]); /* the filter is in force again */
-		_exit(0);
-	}
-	client_await(&client);
-	r = client_begin(&client, &install, fds, 3);
-	if (r == -EPERM) { /* not allowed to suspend it: then it is left alone */
-		check(!client_is_answered(&client));
-		check(write(client.device, "", 1) == 1);
+	for (size_t i = 0; i < sizeof(denied) / sizeof(*denied); ++i) {
+		struct sock_filter filter[] = {
+			BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+			DENY(denied[i]),
+			BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+		};
+		struct sock_fprog program = { sizeof(filter) / sizeof(*filter), filter };
+		struct kdbusfs_install install;
+		Client client;
+		int r, status;
+
+		client_new(&client);
+		client.pid = client_fork(&client);
+		if (!client.pid) {
+			check(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) >= 0);
+			check(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) >= 0);
+			check(held_call(client.input, NULL) > 0);
+			check(client_has_room());
+			client_check(fds, 3, i ? 0 : 3);
+			syscall(denied[i], -1, -1, -1, -1, -1, -1); /* the filter is in force */
+			_exit(0);
+		}
+		client_await(&client);
+		r = client_begin(&client, &install, fds, 3);
+		check(r == 0);
+		kdbusfs_install_end(&install, NULL);
+		if (geteuid() != 0)
+			check(install.n_installed == 0);
+		else
+			check(install.n_installed == (i ? 0 : 3));
 		status = client_end(&client);
-		check(WIFEXITED(status) && WEXITSTATUS(status) == 1);
-		return SKIP;
+		check(WIFSIGNALED(status) && WTERMSIG(status) == SIGSYS);
 	}
-	check(r == 0 && install.n_installed == 3);
-	kdbusfs_install_end(&install);
-	status = client_end(&client);
-	check(WIFSIGNALED(status) && WTERMSIG(status) == SIGSYS);
 	return 0;
 }
 
@@ -470,7 +532,7 @@ static int test_stack(void)
 		}
 		check(client_begin(&client, &install, fds, 40) == 0);
 		check(install.n_installed == 40);
-		kdbusfs_install_end(&install);
+		kdbusfs_install_end(&install, NULL);
 		check(client_end(&client) == 0);
 	}
 	return 0;
@@ -522,7 +584,7 @@ static int test_signals(void)
 		check(sigqueue(client.pid, SIGRTMIN + i % 2, (union sigval){}) >= 0);
 	check(kill(client.pid, SIGUSR2) >= 0);
 	check(client.shared->n_signals == 0);
-	kdbusfs_install_end(&install);
+	kdbusfs_install_end(&install, NULL);
 	return client_end(&client);
 }
 
@@ -552,7 +614,7 @@ static int test_stop(void)
 		check(install.n_installed == 2);
 		if (i == 1)
 			check(kill(client.pid, SIGSTOP) >= 0);
-		kdbusfs_install_end(&install);
+		kdbusfs_install_end(&install, NULL);
 		if (i < 2) {
 			/* we are its parent as well as its tracer, so nobody wakes us: poll */
 			await((r = waitpid(client.pid, &status, WUNTRACED | WNOHANG)) != 0);
@@ -592,9 +654,9 @@ static int test_traced_already(void)
 	}
 	await(client.shared->go_on || state_of(tracer) == 'Z');
 	r = client_begin(&client, &install, fds, 1);
-	kdbusfs_install_end(&install);
+	kdbusfs_install_end(&install, NULL);
 	check(r == -EPERM && !install.held);
-	check(kdbusfs_interrupt(client.device, "", 1, client.pid, DEADLINE) < 0);
+	check(kdbusfs_interrupt(client.device, "", 1, client.pid, -1, DEADLINE) < 0);
 	check(!client_is_answered(&client));
 	check(kill(tracer, SIGKILL) >= 0 && waitpid(tracer, &status, 0) == tracer);
 	check(write(client.device, "", 1) == 1);
@@ -616,25 +678,26 @@ static int test_errors(void)
 	client_await(&client);
 
 	/* none of these writes the reply */
-	check(kdbusfs_install_begin(&install, client.device, "", 1, 0, fds, 1, numbers, DEADLINE) == -ESRCH);
-	check(kdbusfs_install_begin(&install, client.device, "", 1, getpid(), fds, 1, numbers, DEADLINE) == -EPERM);
-	check(kdbusfs_install_begin(&install, client.device, "", 1, client.pid, numbers, 600, numbers, DEADLINE) == -EINVAL);
-	check(kdbusfs_install_begin(&install, -1, "", 1, client.pid, fds, 1, numbers, DEADLINE) == -EBADF);
+	check(begin_for(&client, &install, client.device, 0, fds, 1, numbers, DEADLINE) == -ESRCH);
+	check(begin_for(&client, &install, client.device, getpid(), fds, 1, numbers, DEADLINE) == -EPERM);
+	check(begin_for(&client, &install, client.device, client.pid, numbers, 600, numbers, DEADLINE) == -EINVAL);
+	check(begin_for(&client, &install, -1, client.pid, fds, 1, numbers, DEADLINE) == -EBADF);
 	check(numbers[0] == -1);
 	check(!client_is_answered(&client));
 	check(state_of(client.pid) == 'D');
 
 	/* and it is not traced any more: this one does */
-	await(kdbusfs_install_begin(&install, client.device, "", 1, client.pid, fds, 1, numbers, DEADLINE) == 0);
+	await(begin_for(&client, &install, client.device, client.pid, fds, 1, numbers, DEADLINE) == 0);
 	check(install.n_installed == 1);
-	kdbusfs_install_end(&install);
+	kdbusfs_install_end(&install, NULL);
 	check(client_end(&client) == 0);
 
 	pid = fork();
 	if (!pid)
 		_exit(0);
 	check(waitpid(pid, NULL, 0) == pid);
-	check(kdbusfs_install_begin(&install, -1, "", 1, pid, fds, 1, numbers, DEADLINE) == -ESRCH);
+	client_new(&client);
+	check(begin_for(&client, &install, -1, pid, fds, 1, numbers, DEADLINE) == -ESRCH);
 	return 0;
 }
 
@@ -660,10 +723,10 @@ static int test_timeout(void)
 	}
 	client_await(&client);
 	start = now_ns();
-	check(kdbusfs_install_begin(&install, null, "", 1, client.pid, fds, 1, &number, SECOND / 20) == 0);
+	check(begin_for(&client, &install, null, client.pid, fds, 1, &number, SECOND / 20) == 0);
 	check(now_ns() - start >= SECOND / 20);
 	check(number == -1 && !install.held && !install.n_installed);
-	kdbusfs_install_end(&install);
+	kdbusfs_install_end(&install, NULL);
 	check(write(client.device, "", 1) == 1);
 	check(client_end(&client) == 0);
 	close(null);
@@ -698,7 +761,7 @@ static int test_kill(void)
 			client.shared->go_on = true;
 			r = client_begin(&client, &install, fds, 1 + i % 40);
 			check(r >= 0 || ((r == -ESRCH || r == -EPERM) && !client_is_answered(&client)));
-			kdbusfs_install_end(&install);
+			kdbusfs_install_end(&install, NULL);
 			await(count_entries("/proc/self/task") == 3);
 			_exit(0);
 		}
@@ -749,7 +812,7 @@ static int test_interrupt(void)
 		check(waitpid(client.pid, &status, WUNTRACED) == client.pid && WIFSTOPPED(status));
 		if (cases[i].handled)
 			check(kill(client.pid, SIGUSR1) >= 0);
-		r = kdbusfs_interrupt(client.device, "", 0, client.pid, DEADLINE);
+		r = kdbusfs_interrupt(client.device, "", 0, client.pid, -1, DEADLINE);
 		if (r == -ENOSYS) {
 			check(kill(client.pid, SIGKILL) >= 0);
 			client_end(&client);
@@ -766,12 +829,276 @@ static int test_interrupt(void)
 	return 0;
 }
 
+#ifdef __x86_64__
+
+/*
+ * The client makes its call by an instruction in memory that the test can write, too, as its
+ * siblings could. At 64 there is what it does if the instruction becomes a jump to there.
+ */
+static uint8_t *make_code(void)
+{
+	uint8_t *code = mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	check(code != MAP_FAILED);
+	memcpy(code, "\x0f\x05\xc3", 3); /* syscall; ret */
+	memcpy(code + 64, "\xb8\x27\0\0\0\x0f\x05\xeb\xfe", 9); /* mov $SYS_getpid, %eax; syscall; jmp . */
+	return code;
+}
+
+/* held_call() by the instruction at @code. The child must not write to the stack, which is the parent's. */
+static long held_call_by(const uint8_t *code, int input)
+{
+	long r;
+
+	asm volatile("call *%[code]\n"
+		     "test %%rax, %%rax\n"
+		     "jnz 1f\n"
+		     "mov %[read], %%eax\n"
+		     "mov %[input], %%edi\n"
+		     "lea %[lost], %%rsi\n"
+		     "mov $1, %%edx\n"
+		     "syscall\n"
+		     "mov %[exit], %%eax\n"
+		     "xor %%edi, %%edi\n"
+		     "syscall\n"
+		     "1:\n"
+		     : "=a"(r)
+		     : "a"((long)SYS_vfork), [code] "r"(code), [read] "i"(SYS_read), [exit] "i"(SYS_exit),
+		       [input] "r"(input), [lost] "m"(client_shared->byte)
+		     : "rcx", "rdx", "rsi", "rdi", "r11", "cc", "memory");
+	return r;
+}
+
+/* Other code where the thread is sent: it makes none of our calls, and what it does is its own. */
+static int test_code(void)
+{
+	static const struct {
+		const char *code;
+		int state;  /* in which it then is */
+		int signal; /* that ends it, if it ends */
+	} patches[] = {
+		{ "\xeb\x3e", 'R', 0 },	     /* jmp to 64: another call, and then a loop */
+		{ "\xeb\xfe", 'Z', 0 },	     /* jmp .: no call ever; it gets its registers back, and goes on */
+		{ "\xcd\x80", 'Z', 0 },	     /* int $0x80: the same number, which is another call */
+		{ "\x0f\x0b", 'Z', SIGILL }, /* ud2: a fault */
+	};
+	int32_t fds[2];
+
+	make_fds(fds, 2);
+	for (size_t i = 0; i < sizeof(patches) / sizeof(*patches); ++i) {
+		struct kdbusfs_install install;
+		uint8_t *code = make_code();
+		uint64_t start;
+		Client client;
+		int status;
+
+		client_new(&client);
+		client.pid = client_fork(&client);
+		if (!client.pid) {
+			held_call_by(code, client.input);
+			check(client_has_room());
+			_exit(0);
+		}
+		client_await(&client);
+		memcpy(code, patches[i].code, 2);
+		start = now_ns();
+		check(client_begin(&client, &install, fds, 2) == 0);
+		check(!install.n_installed);
+		kdbusfs_install_end(&install, NULL);
+		check(now_ns() - start < 4 * SECOND);
+		await(state_of(client.pid) == patches[i].state);
+		if (patches[i].state == 'R')
+			check(kill(client.pid, SIGKILL) >= 0);
+		status = client_end(&client);
+		if (patches[i].state == 'Z')
+			check(patches[i].signal ? WIFSIGNALED(status) && WTERMSIG(status) == patches[i].signal : status == 0);
+		munmap(code, 4096);
+	}
+	return 0;
+}
+
+#else
+
+static int test_code(void)
+{
+	return SKIP;
+}
+
+#endif
+
+/* The room is where no page ever comes: the thread may wait for it, we don't. */
+static int test_memory(void)
+{
+	struct kdbusfs_install install;
+	uint64_t start;
+	int32_t fds[2];
+	Client client;
+
+	make_fds(fds, 2);
+	client_new(&client);
+	client_shared->address = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	client.pid = client_fork(&client);
+	if (!client.pid) {
+		struct uffdio_api api = { .api = UFFD_API };
+		struct uffdio_register range = {
+			.range = { (uintptr_t)client_shared->address, 4096 },
+			.mode = UFFDIO_REGISTER_MODE_MISSING,
+		};
+		int fd = syscall(SYS_userfaultfd, O_CLOEXEC);
+
+		if (fd < 0 || ioctl(fd, UFFDIO_API, &api) < 0 || ioctl(fd, UFFDIO_REGISTER, &range) < 0)
+			_exit(SKIP);
+		check(held_call(client.input, NULL) > 0);
+		_exit(0);
+	}
+	await(state_of(client.pid) == 'D' || state_of(client.pid) == 'Z');
+	if (state_of(client.pid) == 'Z') {
+		client_end(&client);
+		return SKIP;
+	}
+	start = now_ns();
+	check(kdbusfs_install_begin(&install, client.device, "", 1, client.pid, -1, (uintptr_t)client_shared->address,
+				    (const void *)client.shared->room, KDBUSFS_MAX_ROOM, fds, 2,
+				    (int32_t *)client.shared->numbers, DEADLINE) == 0);
+	check(!install.n_installed);
+	kdbusfs_install_end(&install, NULL);
+	check(now_ns() - start < 5 * SECOND);
+	check(kill(client.pid, SIGKILL) >= 0);
+	client_end(&client);
+	return 0;
+}
+
+/*
+ * A sibling puts another socket under each number that was free: a TCP socket that lingers, whose
+ * last close waits for a peer that does not read.
+ */
+static void *replace(void *userdata)
+{
+	int listener = socket(AF_INET, SOCK_STREAM, 0), number;
+	struct sockaddr_in name = { .sin_family = AF_INET, .sin_addr = { htonl(INADDR_LOOPBACK) } };
+	struct linger linger = { 1, 30 };
+	socklen_t n = sizeof(name);
+
+	(void)userdata;
+	check(bind(listener, (void *)&name, n) >= 0 && listen(listener, 64) >= 0);
+	check(getsockname(listener, (void *)&name, &n) >= 0);
+	for (;;) {
+		static char data[1 << 22];
+		int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+
+		check(setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof(linger)) >= 0);
+		connect(fd, (void *)&name, n);
+		write(fd, data, sizeof(data));
+		fcntl(fd, F_DUPFD, 300);
+		close(fd);
+		client_shared->n_calls++;
+		for (number = 3; number < 200; ++number)
+			if (fcntl(number, F_GETFD) == FD_CLOEXEC && number != client_shared->input)
+				break;
+		if (number < 200 && fcntl(300, F_GETFD) >= 0) {
+			dup2(300, number);
+			close(300);
+		}
+	}
+	return NULL;
+}
+
+static int test_replaced(void)
+{
+	int32_t fds[2];
+
+	for (int i = 0; i < 2; ++i)
+		fds[i] = dup(0); /* not close-on-exec, unlike all that is installed */
+	for (int i = 0; i < 10; ++i) {
+		struct kdbusfs_install install;
+		uint64_t start;
+		Client client;
+
+		client_new(&client);
+		client_shared->input = client.input;
+		client.pid = client_fork(&client);
+		if (!client.pid) {
+			pthread_t thread;
+
+			check(pthread_create(&thread, NULL, replace, NULL) == 0);
+			await(client_shared->n_calls > 0);
+			held_call(client.input, NULL);
+			_exit(0);
+		}
+		client_await(&client);
+		start = now_ns();
+		check(client_begin(&client, &install, fds, 2) == 0);
+		kdbusfs_install_end(&install, NULL);
+		check(now_ns() - start < 6 * SECOND);
+		for (uint32_t k = 0; k < install.n_strays; ++k)
+			close(install.strays[k]);
+		kill(client.pid, SIGKILL);
+		client_end(&client);
+	}
+	return 0;
+}
+
+/*
+ * The tracer is killed at some moment: its client goes on as if nothing had been, or makes its call
+ * once more. Only inside of a call of ours it has not its own registers: a few in a hundred.
+ */
+static int test_tracer_killed(void)
+{
+	unsigned int seed = 7, n_wrong = 0, n = 200;
+	int32_t fds[8];
+
+	make_fds(fds, 8);
+	for (unsigned int i = 0; i < n; ++i) {
+		uint64_t until, delay = rand_r(&seed) % 500000;
+		Client client;
+		pid_t daemon;
+		int status;
+
+		client_new(&client);
+		client.pid = client_fork(&client);
+		if (!client.pid) {
+			sigset_t mask;
+
+			/* that of its vfork child would be a reason to block all */
+			sigemptyset(&mask);
+			sigaddset(&mask, SIGCHLD);
+			check(sigprocmask(SIG_BLOCK, &mask, NULL) >= 0);
+			if (held_call(client.input, NULL) <= 0)
+				_exit(1);
+			check(sigprocmask(SIG_BLOCK, NULL, &mask) >= 0);
+			_exit(sigismember(&mask, SIGTERM) ? 2 : 0);
+		}
+		client_await(&client);
+		daemon = fork();
+		if (!daemon) {
+			struct kdbusfs_install install;
+
+			client.shared->go_on = true;
+			client_begin(&client, &install, fds, 8);
+			kdbusfs_install_end(&install, NULL);
+			_exit(0);
+		}
+		await(client.shared->go_on);
+		until = now_ns() + delay;
+		while (now_ns() < until)
+			;
+		kill(daemon, SIGKILL);
+		check(waitpid(daemon, &status, 0) == daemon);
+		write(client.device, "", 1);
+		write(client.device, "", 1);
+		status = client_end(&client);
+		n_wrong += status != 0;
+	}
+	return n_wrong > n / 4;
+}
+
 static const struct {
 	const char *name;
 	int (*run)(void);
 } tests[] = {
 	{ "install", test_install },
 	{ "lost-ones-are-left-out", test_lost_ones_are_left_out },
+	{ "refused-ones-are-left-out", test_refused_ones_are_left_out },
 	{ "nofile-limit", test_nofile_limit },
 	{ "seccomp", test_seccomp },
 	{ "stack", test_stack },
@@ -782,6 +1109,10 @@ static const struct {
 	{ "timeout", test_timeout },
 	{ "kill", test_kill },
 	{ "interrupt", test_interrupt },
+	{ "code", test_code },
+	{ "memory", test_memory },
+	{ "replaced", test_replaced },
+	{ "tracer-killed", test_tracer_killed },
 };
 
 int main(int argc, char **argv)

@@ -11,6 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 NATIVE = HERE.parent.parent / "kdbusfs" / "native"
 SOURCE = HERE / "test-tracer.c"
+CODE = [NATIVE / "tracer.c", NATIVE / "filter.c"]
 NAMES = re.findall(r'^\t\{ "([a-z-]+)", test_', SOURCE.read_text(), re.MULTILINE)
 SKIPPED = 77
 
@@ -24,7 +25,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("native") / "test-tracer"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
     subprocess.run(
-        [compiler, *flags, str(SOURCE), str(NATIVE / "tracer.c"), "-o", str(path)], check=True
+        [compiler, *flags, str(SOURCE), *map(str, CODE), "-o", str(path)], check=True
     )
     return path
 
