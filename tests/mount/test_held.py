@@ -19,7 +19,7 @@ import pytest
 
 import daemons
 from kdbusfs.abi import structs
-from kdbusfs.abi.errors import Fault
+from kdbusfs.abi.errors import Fault, Stalled
 from kdbusfs.abi.numbers import AttachFlag, Command, MsgFlag, SendFlag
 from kdbusfs.bus.commands import COMMANDS, Row
 from kdbusfs.bus.domain import Domain
@@ -29,6 +29,7 @@ from kdbusfs.fuse.handles import Handles
 from kdbusfs.peer.memory import PoolMemory
 from kdbusfs.peer.namespaces import OWN_USER
 from kdbusfs.peer.process import NotHeld, Process
+from kdbusfs.peer.stall import MAX_OF_CALL
 from mount.processes import Child, wait_in_ioctl
 from mount.raw import Bus, Memory, bus_items, libc, make_message, monotonic_ns
 
@@ -124,12 +125,24 @@ class Shell:
         tree = SimpleNamespace(node=self._node, set_size=lambda nodeid, size: None)
         self._nodes: dict[int, Any] = {}
         self.handles = Handles(
-            device.fileno(), self.domain, tree, lambda nodeid, uid: _Backing(), _nobody, None  # type: ignore[arg-type]
+            device.fileno(),
+            self.domain,
+            tree,  # type: ignore[arg-type]
+            lambda nodeid, uid: _Backing(),
+            _nobody,
+            None,
+            self._put_back,
         )
         self._unique = 0
         self._ioctls: set[int] = set()
         self.answers: dict[int, int] = {}
         """errno by unique."""
+
+        self.put_back: list[bytes] = []
+        """Requests that are to start anew."""
+
+    def _put_back(self, request: bytes) -> None:
+        self.put_back.append(request)
 
     def _node(self, nodeid: int) -> Any:
         return self._nodes.get(nodeid)
@@ -336,6 +349,56 @@ def test_a_signal_that_comes_before_the_wait_ends_it(
     # By a worker, which finds that we can't trace ourselves.
     daemons.wait_until(is_answered, "EINTR")
     assert shell.answers[unique] == errno.EINTR
+
+
+def test_a_call_that_stalls_again_and_again_is_a_fault(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = COMMANDS[Command.SEND]
+    calling = Calling(shell)
+
+    def stall(connection: Any, call: Any) -> int:
+        shell.handles.note_stall()
+        raise Stalled
+
+    monkeypatch.setitem(COMMANDS, int(Command.SEND), Row(stall, row.kinds))
+    unique, _ = calling.call()
+    n = 1
+    while shell.put_back:
+        assert unique not in shell.answers
+        shell.handles.again(memoryview(shell.put_back.pop()))
+        shell.hear()
+        n += 1
+    assert n == MAX_OF_CALL
+    assert shell.answers[unique] == errno.EFAULT
+
+
+def test_a_call_that_stalled_starts_anew_unless_its_caller_has_been_let_go(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = COMMANDS[Command.SEND]
+    calling = Calling(shell)
+
+    def stall(connection: Any, call: Any) -> int:
+        raise Stalled
+
+    for aborted in (False, True):
+        monkeypatch.setitem(COMMANDS, int(Command.SEND), Row(stall, row.kinds))
+        unique, argument = calling.call()
+        monkeypatch.undo()
+        (request,) = shell.put_back
+        shell.put_back.clear()
+        before = bytes(argument)
+        if aborted:
+            shell.handles.close()
+        shell.handles.again(memoryview(request))
+        shell.finish()
+        assert unique not in shell.answers
+        if aborted:
+            assert bytes(argument) == before
+        else:
+            assert calling.answer() == 0
+            assert shell.answers[unique] == 0
 
 
 # --- the kernel lets all of them go
