@@ -6,6 +6,8 @@ from __future__ import annotations
 import heapq
 import stat
 import weakref
+from collections import deque
+from collections.abc import Iterator
 from errno import EMFILE
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,6 +49,8 @@ class Domain:
         self.root.link(Node(2, "control", stat.S_IFREG | 0o666, self))
         self.kernel_user = User()
         """Whom notifications are charged to."""
+        self.work: deque[Iterator[None]] = deque()
+        """What takes longer than others should wait: each `step` does one piece of the first."""
         self._last_id = 0
         self._users: dict[int, User] = {}
         self.pool_space = Shares(POOL_SPACE, USER_POOL_SPACE)
@@ -87,6 +91,15 @@ class Domain:
         node = Node(ino, name, mode, subject, who.euid, who.egid)
         weakref.finalize(node, heapq.heappush, self._free_inos, ino).atexit = False
         return node
+
+    # --- long work
+
+    def step(self) -> None:
+        """Do one piece of work, of about a millisecond at most, and put the rest behind others."""
+        piece = self.work.popleft()
+        for _ in piece:
+            self.work.append(piece)
+            return
 
     # --- deadlines of requests
 

@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The router: one thread reads every request of the mount, in order.
+"""The router: one thread reads every request of the mount.
 
 Handle requests are answered right there; requests on the tree are pyfuse3's, by way of the relay.
+
+While nobody waits each request is handled as it comes. When they come faster, all that are there
+are read, and served in turn (`fair.py`): those of one user in order, those of several users by the
+time each has had. Nobody can tell: two requests that wait have two threads that wait for them, so
+neither was made after the other was answered, and kdbus could have had them in any order. What
+nobody waits for, or the kernel waits for with a page locked, is handled when it is read, ahead of
+all that wait. So RELEASE comes no later than anything that was asked for after that close(2); it
+can't come earlier than a request on the same file, which the kernel holds open until the answer.
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from struct import Struct
 
 from ..abi.items import Buffer
 from ..abi.structs import U32
@@ -23,6 +32,7 @@ from ..peer.process import renew_scratch
 from ..peer.stall import TURN, Crew, fail
 from . import wire
 from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
+from .fair import FairQueue
 from .handles import Handles
 from .invalidator import Invalidator
 from .relay import Relay
@@ -37,6 +47,11 @@ _BUFFER_SIZE = 1 << 18
 _LONGEST_WAIT_NS = 3600 * 10**9
 """A deadline may be any 64-bit number, centuries ahead; a wait that ends too soon does no harm."""
 _LOG_PERIOD_NS = 60 * 10**9
+_LOOK_EVERY = 16
+"""Watched descriptors are looked at every so many requests, if there is no pause before."""
+_MOST_QUEUED = 1024
+"""No command's struct is as large: what is, is refused, and takes no memory to wait for that."""
+_unpack_head = Struct("=IIQ").unpack_from
 _unpack_header = IN_HEADER.unpack_from
 _unpack_u32 = U32.unpack_from
 _IOCTL = int(Opcode.IOCTL)
@@ -46,6 +61,9 @@ _UID_AT = 24
 """Offset of uid in struct fuse_in_header."""
 _LOOK_NS = 50_000_000
 """How often a caller that can't be let go is looked at, in case it is killed."""
+_INTERRUPT = int(Opcode.INTERRUPT)
+_QUEUED = frozenset({_IOCTL, _POLL, int(Opcode.OPEN)})
+"""What a thread waits for and the router answers."""
 
 
 class Router:
@@ -96,6 +114,12 @@ class Router:
         self._kept_is_next = False
         self._hurries = False
         """Whether one of these is to be served next, so that the wait for others is short."""
+        self._queue: FairQueue[bytes] = FairQueue()
+        """Requests that have been read and wait for their turn."""
+        self._queued: set[int] = set()
+        """Their uniques."""
+        self._interrupts: dict[int, bytes] = {}
+        """Interrupts of such, by the unique they are for."""
         self.has_pools = True
         """Whether the kernel can do the kind of pool that is wanted."""
 
@@ -146,6 +170,7 @@ class Router:
         view = memoryview(buffer)
         next_request, monotonic = lib.kdbusfs_next, time.monotonic_ns
         acquire, release = TURN.acquire, TURN.release
+        queue, n_turns = self._queue, 0
         while crew.current is me:
             if completed:
                 self._write_reply()
@@ -156,27 +181,75 @@ class Router:
                 handles.again(memoryview(request))
                 continue
             timeout = _LOOK_NS if handles.has_interrupted else -1
-            if self._hurries:
+            if queue or domain.work or self._hurries:
                 self._hurries, timeout = False, 0
             if domain.watches_deadlines:
                 deadline = domain.next_deadline()
                 if deadline is not None:
-                    left = min(max(deadline - monotonic(), 0), _LONGEST_WAIT_NS)
+                    left = min(deadline - monotonic(), _LONGEST_WAIT_NS)
+                    if left <= 0:
+                        # However many requests there are, their turn comes after it.
+                        self._look_around()
+                        continue
                     timeout = left if timeout < 0 else min(left, timeout)
             reply, handles.reply = handles.reply, b""
             release()
-            n = next_request(
-                device, reply, len(reply), watches.fd, pointer, size, timeout, spin
-            )
+            n = next_request(device, reply, len(reply), watches.fd, pointer, size, timeout, spin)
             acquire()
             if n > 0:
-                self._dispatch(view, n)
+                if queue or n != _unpack_u32(buffer)[0]:
+                    self._take_in(view[:n])
+                else:
+                    self._dispatch(view, n)
+                n_turns += 1
+                if watches.fd >= 0 and not n_turns % _LOOK_EVERY:
+                    self._look_around()
             elif n == -errno.ENODEV:
                 return
             elif n == 0 or n in (-errno.EINTR, -errno.ENOENT):
                 self._look_around()
             else:
                 raise OSError(-n, os.strerror(-n))
+            if queue and crew.current is me:
+                self._serve()
+            if domain.work and crew.current is me:
+                self._work()
+
+    def _take_in(self, requests: memoryview) -> None:
+        """There is more than one request: let those wait that can, by user."""
+        while requests:
+            size, opcode, unique = _unpack_head(requests)
+            request, requests = requests[:size], requests[size:]
+            if opcode in _QUEUED and size <= _MOST_QUEUED:
+                self._queue.push(_unpack_u32(request, _UID_AT)[0], bytes(request))
+                self._queued.add(unique)
+            elif opcode == _INTERRUPT and wire.interrupted(request) in self._queued:
+                # It is for later, when the request it is for has begun.
+                self._interrupts[wire.interrupted(request)] = bytes(request)
+            else:
+                self._dispatch(request, size)
+                self._write_reply()
+
+    def _serve(self) -> None:
+        """Handle the request whose turn it is."""
+        self._write_reply()
+        uid, request = self._queue.pop()
+        unique = _unpack_head(request)[2]
+        self._queued.discard(unique)
+        begun = time.monotonic_ns()
+        self._dispatch(memoryview(request), len(request))
+        self._queue.charge(uid, time.monotonic_ns() - begun)
+        interrupt = self._interrupts.pop(unique, None) if self._interrupts else None
+        if interrupt is not None:
+            self._handles.interrupt(interrupt)
+
+    def _work(self) -> None:
+        """Do a piece of what takes long."""
+        self._write_reply()
+        try:
+            self._domain.step()
+        except Exception:
+            log.exception("ERROR: a piece of work failed")
 
     def _look_around(self) -> None:
         """No request is there: see to what else there is to do."""

@@ -5,6 +5,7 @@ from enum import IntEnum
 from fcntl import ioctl
 from struct import Struct
 
+from ..abi.items import Buffer
 from ..abi.structs import I32
 
 IN_HEADER = Struct("=IIQQIIIHH")
@@ -132,11 +133,15 @@ class Opcode(IntEnum):
     STATX = 52
 
 
+def interrupted(request: Buffer) -> int:
+    """The unique of the request that an INTERRUPT is for."""
+    unique: int = INTERRUPT_IN.unpack_from(request, IN_HEADER_SIZE)[0]
+    return unique
+
+
 def backing_open(device: int, fd: int) -> int:
     """Register *fd* as a backing file of the connection (Linux 6.9); returns its id."""
-    backing_id: int = ioctl(
-        device, _DEV_IOC_BACKING_OPEN, bytearray(_BACKING_MAP.pack(fd, 0, 0))
-    )
+    backing_id: int = ioctl(device, _DEV_IOC_BACKING_OPEN, bytearray(_BACKING_MAP.pack(fd, 0, 0)))
     return backing_id
 
 

@@ -15,6 +15,9 @@
 
 #include "device.h"
 
+#define READ_AHEAD 32
+#define LOOK_EVERY 8
+
 static int64_t now_ns(void)
 {
 	struct timespec ts;
@@ -25,6 +28,7 @@ static int64_t now_ns(void)
 
 /* Only one thread reads a device, and this process serves one. */
 static int blocking = -1;
+static unsigned int n_plain;
 
 static void set_blocking(int device, int on)
 {
@@ -34,13 +38,30 @@ static void set_blocking(int device, int on)
 	blocking = on;
 }
 
+/* As many requests as there are, up to READ_AHEAD and as they fit behind the first @n bytes. */
+static int64_t read_on(int device, char *buffer, uint64_t size, int64_t n)
+{
+	for (int i = 1; i < READ_AHEAD && n + KDBUSFS_REQUEST_SIZE <= (int64_t)size; i++) {
+		ssize_t r = read(device, buffer + n, KDBUSFS_REQUEST_SIZE);
+
+		if (r < 0)
+			break;
+		n += r;
+	}
+	return n;
+}
+
 /*
  * Writes @reply, the answer to the request before, if there is one, and waits for the next:
  * two things in one call, since each entry from Python costs as much as a small system call.
  *
  * Returns the bytes read, 0 if the timeout passed (-1: none) or @events (-1: none) is readable,
- * -errno otherwise. With nothing but the device to wait for, and no spinning, a blocking read
- * does it all, which saves a system call a request.
+ * -errno otherwise. If a request is there already, others may be, too, and are read with it, one
+ * behind the other (KDBUSFS_REQUEST_SIZE is what room each must find): so that the caller can
+ * choose whom to serve first. One that had to be waited for comes alone.
+ *
+ * With nothing but the device to wait for, and no spinning, a blocking read does it all, which
+ * saves a system call a request. It does not tell whether it waited; so now and then one looks.
  */
 int64_t kdbusfs_next(int device, const void *reply, uint64_t reply_size, int events,
 		     void *buffer, uint64_t size, int64_t timeout_ns, int64_t spin_ns)
@@ -56,25 +77,37 @@ int64_t kdbusfs_next(int device, const void *reply, uint64_t reply_size, int eve
 	if (plain != blocking)
 		set_blocking(device, plain);
 	if (plain) {
-		n = read(device, buffer, size);
-		return n < 0 ? -errno : n;
+		n = read(device, buffer, KDBUSFS_REQUEST_SIZE);
+		if (n < 0)
+			return -errno;
+		if (++n_plain % LOOK_EVERY || poll(fds, 1, 0) <= 0)
+			return n;
+		set_blocking(device, 0);
+		return read_on(device, buffer, size, n);
 	}
+	n = read(device, buffer, KDBUSFS_REQUEST_SIZE);
+	if (n >= 0)
+		return read_on(device, buffer, size, n);
+	if (errno != EAGAIN)
+		return -errno;
+	if (!timeout_ns)
+		return 0;
 	if (spin_ns > 0 && (timeout_ns < 0 || timeout_ns > spin_ns)) {
 		int64_t end = now_ns() + spin_ns;
 
 		do {
-			n = read(device, buffer, size);
+			sched_yield();
+			n = read(device, buffer, KDBUSFS_REQUEST_SIZE);
 			if (n >= 0)
 				return n;
 			if (errno != EAGAIN)
 				return -errno;
-			sched_yield();
 		} while (now_ns() < end);
 	}
 	if (ppoll(fds, 2, timeout_ns < 0 ? NULL : &ts, NULL) < 0)
 		return errno == EINTR ? 0 : -errno;
 	if (fds[1].revents || !fds[0].revents)
 		return 0;
-	n = read(device, buffer, size);
+	n = read(device, buffer, KDBUSFS_REQUEST_SIZE);
 	return n < 0 ? (errno == EAGAIN ? 0 : -errno) : n;
 }

@@ -173,6 +173,33 @@ def test_time_runs_out(bus: Bus, target: Connection) -> None:
             conn.recv()
 
 
+def test_deadlines_and_cancel_descriptors_are_served_under_load(
+    bus: Bus, target: Connection, programs: Path
+) -> None:
+    """48 threads see to it that a request is always waiting; with no more than one other of them
+    between a deadline and its end, only the machine's load makes it late."""
+    command = [programs / "flood", bus.path, "48"]
+    flood = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert flood.stdout is not None
+        assert flood.stdout.readline() == b"up\n"
+        with bus.connect() as conn:
+            start = time.monotonic()
+            conn.request(target.id, cookie=7, timeout=0.1)
+            with fails(errno.ETIMEDOUT):
+                conn.call(target.id, timeout=0.1)
+            assert conn.take().types[0] == ItemType.REPLY_TIMEOUT
+            event = os.eventfd(1)
+            with fails(errno.ECANCELED):
+                conn.call(target.id, timeout=60, command_items=cancel_item(event))
+            os.close(event)
+            assert flood.poll() is None
+            assert time.monotonic() - start < 5
+    finally:
+        flood.kill()
+        flood.communicate()
+
+
 def test_a_deadline_in_the_past_is_looked_at_before_the_destination(bus: Bus) -> None:
     with bus.connect() as conn:
         for deadline in (1, monotonic_ns(-0.001), 1 << 63, (1 << 64) - 1):
