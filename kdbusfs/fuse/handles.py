@@ -37,13 +37,13 @@ from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
 from ..abi.structs import U32, U64
 from ..bus.call import PENDING, Call
-from ..bus.connection import Delivery
+from ..bus.connection import Connection, Delivery
 from ..bus.domain import Domain
 from ..bus.endpoint import Endpoint
 from ..bus.handle import Handle
 from ..bus.node import Node
 from ..bus.quota import Shares
-from ..peer.closers import CLOSERS
+from ..peer.closers import CLOSERS, Closing
 from ..peer.descriptors import FileDescriptor, Watcher, can_be_sent
 from ..peer.memory import PoolMemory
 from ..peer.process import Process
@@ -356,7 +356,7 @@ class Handles:
                     return
         connection = file.handle.connection
         if connection is not None and connection.waker is None:
-            connection.waker = lambda: self._wake(file)
+            self._wake_by(connection, file)
         self._answer(ioctl, error, why)
 
     def _stalled(self, ioctl: Ioctl, request: memoryview) -> None:
@@ -434,11 +434,19 @@ class Handles:
         # As soon as what the call let go of is closed (`peer.closers`).
         closing = _collected()
         if closing is not None:
-            closing.when_done(lambda: self._write(reply))
+            self._write_when_done(closing, reply)
         elif has_turn and not self.reply:
             self.reply = reply
         else:
             self._write(reply)
+
+    # A function with another one in it costs each of its calls an object.
+
+    def _write_when_done(self, closing: Closing, reply: bytes) -> None:
+        closing.when_done(lambda: self._write(reply))
+
+    def _wake_by(self, connection: Connection, file: OpenFile) -> None:
+        connection.waker = lambda: self._wake(file)
 
     def _answer(self, ioctl: Ioctl, error: int, why: CommandError | None = None) -> None:
         """Store the results of *ioctl* in its caller's memory and let it go."""

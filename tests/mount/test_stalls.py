@@ -212,7 +212,15 @@ def test_a_signal_ends_a_daemon_that_is_stuck_since_it_gets_no_thread(
         Bus(mount.path) as bus,
         bus.connect() as target,
     ):
+        exchange(target, target)
+        before = _n_threads(mount)
+        # What the daemon needs memory for when it is used for the first time, it has then.
+        with Child(lambda test: _call_from_a_trap(bus, target.id, test)) as caller:
+            caller.hear()
+            exchange(target, target)
+            caller.kill()
         connections = [bus.connect() for _ in range(2)]
+        daemons.wait_until(lambda: _n_threads(mount) == before, "the end of the stall")
         # There is room, but not for a thread's stack.
         size = int(Path(f"/proc/{mount.pid}/statm").read_text().split()[0]) * PAGE
         resource.prlimit(mount.pid, resource.RLIMIT_AS, (size + 120 * PAGE, MIB << 20))
