@@ -323,6 +323,8 @@ class Handles:
         process = Process(tid, uid, gid, self._watcher)
         ioctl = Ioctl(unique, file, code, form, process, address, self._complete)
         self._ioctls.enter(ioctl)
+        if self._interrupted and unique in self._interrupted:
+            ioctl.interrupted = True
         _collect(uid)
         return ioctl
 
@@ -578,6 +580,10 @@ class Handles:
             ioctl.interrupted = True
             self._interrupted.add(unique)
             self.look_for_killed()
+
+    def expect_interrupted(self, unique: int) -> None:
+        """The same for a request that is handed to us next: it may stall."""
+        self._interrupted.add(unique)
 
     def _interrupt_wait(self, ioctl: Ioctl) -> None:
         connection = ioctl.file.handle.connection

@@ -224,7 +224,7 @@ class Router:
                 self._queue.push(_unpack_u32(request, _UID_AT)[0], bytes(request))
                 self._queued.add(unique)
             elif opcode == _INTERRUPT and wire.interrupted(request) in self._queued:
-                # It is for later, when the request it is for has begun.
+                # It is for later, when the request it is for begins.
                 self._interrupts[wire.interrupted(request)] = bytes(request)
             else:
                 self._dispatch(request, size)
@@ -236,12 +236,11 @@ class Router:
         uid, request = self._queue.pop()
         unique = _unpack_head(request)[2]
         self._queued.discard(unique)
+        if self._interrupts and self._interrupts.pop(unique, None) is not None:
+            self._handles.expect_interrupted(unique)
         begun = time.monotonic_ns()
         self._dispatch(memoryview(request), len(request))
         self._queue.charge(uid, time.monotonic_ns() - begun)
-        interrupt = self._interrupts.pop(unique, None) if self._interrupts else None
-        if interrupt is not None:
-            self._handles.interrupt(interrupt)
 
     def _work(self) -> None:
         """Do a piece of what takes long."""

@@ -101,22 +101,31 @@ def test_a_close_waits_for_nobody(bench: Bench) -> None:
     assert bench.answered() == [2, 4, 8]
 
 
-def test_an_interrupt_comes_after_the_request_it_is_for(
+def test_an_interrupt_of_what_is_queued_is_told_when_its_turn_comes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before it is handled: it may stall, and its caller be killed."""
+    expected: list[tuple[int, list[int]]] = []
     seen: list[tuple[int, list[int]]] = []
+    handles = type(bench.router._handles)
 
-    def look(request: bytes) -> None:
+    def expect(_: object, unique: int) -> None:
+        expected.append((unique, bench.answered()))
+
+    def look(_: object, request: bytes) -> None:
         seen.append((wire.interrupted(request), bench.answered()))
 
-    monkeypatch.setattr(type(bench.router._handles), "interrupt", lambda _, r: look(r))
-    bench.take_in(poll(2, 1), poll(4, 1), interrupt(2))
-    assert not seen
+    monkeypatch.setattr(handles, "expect_interrupted", expect)
+    monkeypatch.setattr(handles, "interrupt", look)
+    bench.take_in(poll(2, 1), poll(4, 1), interrupt(4))
+    assert not expected
     bench.serve_all()
-    assert seen == [(2, [2])]
+    assert expected == [(4, [2])]
+    assert bench.answered() == [4]
     # One for what has been answered meanwhile, or never was, is for the handles to judge.
+    assert not seen
     bench.take_in(interrupt(2), poll(6, 1))
-    assert seen[1:] == [(2, [4])]
+    assert seen == [(2, [])]
 
 
 def test_what_is_no_command_takes_no_memory_to_wait(bench: Bench) -> None:

@@ -401,6 +401,19 @@ def test_a_call_that_stalled_starts_anew_unless_its_caller_has_been_let_go(
             assert shell.answers[unique] == 0
 
 
+def test_a_signal_that_came_while_the_request_was_queued_ends_the_wait(shell: Shell) -> None:
+    calling = Calling(shell)
+    shell.handles.expect_interrupted(shell._unique + 2)
+    unique, _ = calling.call()
+
+    def is_answered() -> bool:
+        shell.hear()
+        return unique in shell.answers
+
+    daemons.wait_until(is_answered, "EINTR")
+    assert shell.answers[unique] == errno.EINTR
+
+
 # --- the kernel lets all of them go
 
 N_CALLERS = 12
