@@ -17,6 +17,7 @@ COMPILED = [
     "kdbusfs/bus/commands.py",
     "kdbusfs/bus/connection.py",
     "kdbusfs/bus/handle.py",
+    "kdbusfs/bus/listing.py",
     "kdbusfs/bus/message.py",
     "kdbusfs/bus/pool.py",
     "kdbusfs/bus/quota.py",

@@ -8,7 +8,7 @@ sent, in the order in which they came up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from errno import (
     EADDRNOTAVAIL,
     EBADSLT,
@@ -31,11 +31,11 @@ from ..abi.errors import CommandError
 from ..abi.items import build
 from ..abi.numbers import ID_ANY, ItemType, MsgFlag
 from .call import PENDING, Call
-from .connection import ACTIVATOR, MONITOR, Connection, QueueEntry
+from .connection import ACTIVATOR, MONITOR, Connection, Loss, QueueEntry
 from .endpoint import Endpoint
 from .match import MatchIndex
 from .message import Message, Notification, id_item, name_item
-from .names import NameChange, NameEntry, NameRegistry
+from .names import NameChange, NameRegistry
 from .policy import PolicyDatabase
 from .reply import Reply
 
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from .quota import User
 
 _EXPECT_REPLY = int(MsgFlag.EXPECT_REPLY)
+_PIECE = 64
+"""How many messages or requests of a dead bus are dropped at a time."""
 _NO_AUTO_START = int(MsgFlag.NO_AUTO_START)
 _SIGNAL = int(MsgFlag.SIGNAL)
 
@@ -82,7 +84,7 @@ class Bus:
         self.connections: dict[int, Connection] = {}
         """By id, monitors among them."""
         self.monitors: dict[Connection, None] = {}
-        self.names = NameRegistry(self._migrate)
+        self.names = NameRegistry()
         self.policy = PolicyDatabase()
         self.matches = MatchIndex()
         self._seqnum = 0
@@ -113,6 +115,8 @@ class Bus:
             self._finish(reply, ECONNRESET)
         for call in list(connection.completed):
             connection.abandon(call)
+        for listing in list(connection.listings):
+            listing.abort()
         self.policy.remove(connection)
         del self.connections[connection.id]
         del connection.endpoint.connections[connection]
@@ -120,11 +124,14 @@ class Bus:
         for match in connection.matches:
             self.matches.remove(match)
         connection.matches.clear()
+        connection.group_by_name()
         for name in list(connection.names):
             self.announce(self.names.release(connection, name))
+        connection.groups = None
         self.flush()
-        while connection.queue:
-            connection.discard(connection.queue.popleft())
+        while (entry := connection.queue.first) is not None:
+            connection.queue.remove(entry)
+            connection.discard(entry)
         for reply in [*connection.requests, *connection.suspended.values()]:
             self._forget(reply)
         for reply in list(connection.owed):
@@ -191,10 +198,19 @@ class Bus:
         change = notification.change
         assert change is not None
         for monitor in self.monitors:
-            monitor.offer(notification).commit()
+            self._tell(monitor, notification)
         for receiver in self.matches.takers_of_change(change):
             if not change.name or receiver.endpoint.may_see_name(receiver.opener, change.name):
-                receiver.offer(notification).commit()
+                self._tell(receiver, notification)
+
+    def _tell(self, receiver: Connection, notification: Notification) -> None:
+        """Queue a notification, or count it as lost: what it tells of can't be undone."""
+        try:
+            step = receiver.offer(notification)
+        except Exception as error:
+            self.domain.report(error)
+            step = Loss(receiver)
+        step.commit()
 
     def _notify(self, notification: Notification) -> None:
         """REPLY_* to the requester, if it still exists; lost without trace if it does not fit."""
@@ -202,10 +218,13 @@ class Bus:
         if requester is None:
             return
         for monitor in self.monitors:
-            monitor.offer(notification).commit()
+            self._tell(monitor, notification)
         try:
             entry = requester.stage(notification)
         except CommandError:
+            return
+        except Exception as error:
+            self.domain.report(error)
             return
         entry.commit()
 
@@ -399,9 +418,7 @@ class Bus:
     def _finish(self, reply: Reply, error: int, answer: QueueEntry | None = None) -> None:
         """End the wait of a synchronous request, with *answer* or *error*."""
         reply.unlist()
-        if reply.unwatch is not None:
-            reply.unwatch()
-            reply.unwatch = None
+        reply.end_watch()
         call = reply.call
         if call is None:
             reply.answer, reply.error = answer, error
@@ -410,11 +427,12 @@ class Bus:
         reply.requester.complete(call, error, answer)
 
     def interrupt(self, call: Call) -> None:
-        """A signal ends the wait of *call* with EINTR; the same call again resumes it."""
-        reply: Reply = call.wait
-        if reply.unwatch is not None:
-            reply.unwatch()
-            reply.unwatch = None
+        """A signal ends the wait of *call* with EINTR; the same call again resumes it. A LIST is
+        not for long, and goes on to its end."""
+        reply: Reply | None = call.wait
+        if reply is None:
+            return
+        reply.end_watch()
         reply.call = None
         older = reply.requester.suspended.get(reply.cookie)
         if older is not None:
@@ -439,8 +457,9 @@ class Bus:
             self._finish(reply, ETIMEDOUT)
         else:
             reply.unlist()
-            self._announce_reply(ItemType.REPLY_TIMEOUT, reply)
-            self.flush()
+            if self.alive:
+                self._announce_reply(ItemType.REPLY_TIMEOUT, reply)
+                self.flush()
 
     def reply_dead(self, reply: Reply) -> None:
         """*reply* can't be answered any more."""
@@ -454,25 +473,12 @@ class Bus:
 
     def drop(self, connection: Connection, entry: QueueEntry) -> None:
         """RECV with DROP: the message goes, and whoever waits for an answer hears of it."""
-        connection.dequeue(entry)
+        connection.queue.remove(entry)
         reply = entry.reply
         connection.discard(entry)
         if reply is not None and reply.listed:
             self.reply_dead(reply)
             self.flush()
-
-    # --- names
-
-    def _migrate(self, entry: NameEntry, old: Connection, new: Connection) -> None:
-        """Let what was addressed to *entry* follow the name from *old* to *new*."""
-        for reply in [r for r in old.owed if r.name is entry]:
-            if reply.requester is not old and reply.requester is not new:
-                reply.retarget(new)
-        for queued in [e for e in old.queue if e.name is entry]:
-            old.dequeue(queued)
-            if not new.adopt(queued, old):
-                new.lose()
-        new.wake()
 
     # --- endpoints
 
@@ -488,16 +494,81 @@ class Bus:
         node.parent.unlink(node)
 
     def end(self, unlink: Callable[[], None]) -> None:
-        """The bus owner is gone: everything ends."""
-        self.alive = False
-        for endpoint in list(self.endpoints):
-            self.end_endpoint(endpoint)
-        self.names.close()
-        unlink()
+        """The bus owner is gone: everything ends. *unlink* takes the directory away.
 
-    def check(self) -> None:
-        """Assert what must hold between any two calls."""
+        From now on nobody can do anything here. There is nobody left to be told of what goes, and
+        it goes in pieces.
+        """
+        self.alive = False
+        self._notifications.clear()
+        for endpoint in self.endpoints:
+            endpoint.alive = False
+            node = endpoint.node
+            assert node.parent is not None
+            node.parent.unlink(node)
+        for connection in self.connections.values():
+            connection.alive = False
+        unlink()
+        self.domain.work.add(self.creator, self._wind_up())
+
+    def _wind_up(self) -> Iterator[None]:
+        """Take the bus apart, each connection in its turn."""
+        for endpoint in list(self.endpoints):
+            while endpoint.connections:
+                connection = next(iter(endpoint.connections))
+                yield from self._empty(connection)
+                del endpoint.connections[connection]
+                del self.connections[connection.id]
+                yield
+            del self.endpoints[endpoint]
+            endpoint.policy = PolicyDatabase()
+        self.monitors.clear()
+        self.policy = PolicyDatabase()
+
+    def _empty(self, connection: Connection) -> Iterator[None]:
+        """End whoever waits on a connection of this dead bus, and drop all that it has."""
+        for reply in [r for r in connection.requests if r.call is not None]:
+            self._finish(reply, ECONNRESET)
+        for call in list(connection.completed):
+            connection.abandon(call)
+        for listing in list(connection.listings):
+            listing.abort()
+        connection.lost = 0
+        connection.wake()
+        yield
+        for reply in [*connection.requests, *connection.suspended.values()]:
+            self._forget(reply)
+        for n, reply in enumerate(list(connection.owed)):
+            if reply.sync:
+                self._finish(reply, EPIPE)
+            else:
+                reply.unlist()
+            if n % _PIECE == 0:
+                yield
+        n = 0
+        while (entry := connection.queue.first) is not None:
+            connection.queue.remove(entry)
+            connection.discard(entry)
+            n += 1
+            if n % _PIECE == 0:
+                yield
+        for match in connection.matches:
+            self.matches.remove(match)
+        connection.matches.clear()
+        yield
+        for name in list(connection.names):
+            self.names.drop(connection, name)
+        if connection.fd_socket is not None:
+            connection.fd_socket.release()
+            connection.fd_socket = None
+
+    def check(self) -> list[Connection]:
+        """Assert what must hold between any two calls; returns the connections."""
+        assert self.alive
         assert not self._notifications
+        directory = next(iter(self.endpoints)).node.parent
+        assert directory is not None
+        assert set(directory.children.values()) == {e.node for e in self.endpoints}
         self.names.check()
         self.matches.check(m for c in self.connections.values() for m in c.matches)
         for endpoint in self.endpoints:
@@ -505,4 +576,10 @@ class Bus:
         for connection in self.connections.values():
             assert connection.alive and connection in connection.endpoint.connections
             assert (connection in self.monitors) == (connection.kind == MONITOR)
+            for name, owner in connection.names.items():
+                entry = self.names.entries[name]
+                assert owner.entry is entry
+                assert owner is entry.activator or owner in entry.queue
             connection.check()
+        assert len(self.connections) == sum(len(e.connections) for e in self.endpoints)
+        return list(self.connections.values())

@@ -36,27 +36,25 @@ from ..abi.numbers import (
     ExtensionCommand,
     ItemType,
     Limit,
-    ListFlag,
     MatchFlag,
-    NameFlag,
     RecvFlag,
     RecvReturnFlag,
     SendFlag,
 )
 from ..abi.structs import I32, I64, INFO, U64, U64x2, U64x3
-from .call import Argument, Call, Step
+from .call import Argument, Call
 from .connection import (
     ACTIVATOR,
     MONITOR,
     POLICY_HOLDER,
     Connection,
-    owned_name_item,
+    Result,
 )
+from .listing import Listing
 from .match import Match, Rule
 from .message import Message
 from .metadata import PROCESS
 from .policy import Entries, parse_entries
-from .pool import Pool
 
 ORDINARY = 0
 _READERS = frozenset({ORDINARY, ACTIVATOR, MONITOR})
@@ -108,30 +106,14 @@ def attach_flags(value: int) -> int:
     return value
 
 
-class Result(Step):
-    """A slice of the caller's own pool, outside of any quota, that holds the result of *call*."""
-
-    __slots__ = ("pool", "slice")
-
-    def __init__(self, pool: Pool, call: Call, size: int) -> None:
-        """EXFULL: there is no room for *size* bytes."""
-        self.pool = pool
-        self.slice = pool.allocate(size)
-        call.begin(self)
-
-    def commit(self) -> None:
-        self.pool.release(self.slice)
-
-    def undo(self) -> None:
-        self.pool.release(self.slice)
-
-
 def publish_result(connection: Connection, call: Call, content: bytes) -> int:
-    """Hand *content* to the caller in a slice of its pool, and return its offset."""
+    """Hand *content* to the caller in a slice of its pool, and return its offset. EXFULL: there is
+    no room for it."""
     pool = connection.pool
-    result = Result(pool, call, len(content))
+    result = Result(pool, len(content))
+    call.begin(result)
     pool.memory.write(result.slice.offset, content)
-    pool.publish(result.slice)
+    result.hand_over(call)
     # Nothing below can fail.
     call.commit()
     return result.slice.offset
@@ -178,7 +160,7 @@ def recv(connection: Connection, call: Call) -> int:
         connection.bus.drop(connection, entry)
         return 0
     if not flags & _PEEK:
-        connection.dequeue(entry)
+        connection.queue.remove(entry)
         connection.discard(entry)
         call.fds = delivery
     elif delivery is not None:
@@ -252,39 +234,7 @@ def name_release(connection: Connection, call: Call) -> int:
 @command(Command.LIST, kinds=_ANY_KIND)
 def list_(connection: Connection, call: Call) -> int:
     """KDBUS_CMD_LIST (kdbus.name(7)): connections and names, as records in a slice."""
-    endpoint = connection.endpoint
-    who = call.peer.credentials() if endpoint.custom else connection.opener
-    records: list[bytes] = []
-    for other in connection.bus.connections.values():
-        if other.kind == MONITOR:
-            continue
-        wanted = False
-        for name, owner in other.names.items():
-            if _is_listed(owner.flags, call.flags):
-                wanted = True
-                if endpoint.may_see_name(who, name):
-                    records.append(_record(other, owned_name_item(name, owner.flags)))
-        if not wanted and call.flags & ListFlag.UNIQUE:
-            records.append(_record(other, b""))
-    content = b"".join(records)
-    offset = publish_result(connection, call, content) if content else connection.pool.size
-    call.store = (16, 40)
-    U64x2.pack_into(call.data, 24, offset, len(content))
-    return 0
-
-
-def _is_listed(name_flags: int, list_flags: int) -> bool:
-    """Whether a name record with these flags is asked for."""
-    if name_flags & NameFlag.ACTIVATOR:
-        return bool(list_flags & ListFlag.ACTIVATORS)
-    if name_flags & NameFlag.IN_QUEUE:
-        return bool(list_flags & ListFlag.QUEUED)
-    return bool(list_flags & ListFlag.NAMES)
-
-
-def _record(connection: Connection, items: bytes) -> bytes:
-    """A struct kdbus_info with *items* behind it."""
-    return INFO.pack(INFO.size + len(items), connection.id, connection.flags) + items
+    return Listing(connection, call).start()
 
 
 @command(Command.CONN_INFO, kinds=_ANY_KIND)
@@ -438,7 +388,7 @@ def fd_socket(connection: Connection, call: Call) -> int:
     socket = call.peer.take(I32.unpack_from(call.data, 24)[0])
     try:
         socket.become_channel()
-    except CommandError:
+    except BaseException:
         socket.release()
         raise
     before, connection.fd_socket = connection.fd_socket, socket

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from errno import ECOMM, ECONNRESET
 from typing import TYPE_CHECKING
 
@@ -21,9 +20,10 @@ from .quota import Quota, User
 if TYPE_CHECKING:
     from .bus import Bus
     from .endpoint import Endpoint
+    from .listing import Listing
     from .match import Match
     from .message import Deliverable
-    from .names import NameEntry, Owner
+    from .names import NameEntry, NamesView, Owner
     from .peer import Descriptor
     from .reply import Reply
 
@@ -46,6 +46,8 @@ class QueueEntry(Held):
 
     __slots__ = (
         "receiver",
+        "before",
+        "after",
         "slice",
         "user",
         "size",
@@ -60,6 +62,9 @@ class QueueEntry(Held):
 
     def __init__(self, receiver: Connection, message: Deliverable, slice_: Slice) -> None:
         self.receiver = receiver
+        self.before: QueueEntry | None = None
+        self.after: QueueEntry | None = None
+        """Its neighbours in the queue."""
         self.slice = slice_
         self.user = message.user
         self.size = slice_.size
@@ -99,6 +104,71 @@ class QueueEntry(Held):
             release(self.memfds)
 
 
+class Queue:
+    """Messages in the order in which they came. Each knows its neighbours, so that one can leave
+    from anywhere at the same price."""
+
+    __slots__ = ("first", "last", "_n")
+
+    def __init__(self) -> None:
+        self.first: QueueEntry | None = None
+        self.last: QueueEntry | None = None
+        self._n = 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __iter__(self) -> Iterator[QueueEntry]:
+        entry = self.first
+        while entry is not None:
+            yield entry
+            entry = entry.after
+
+    def append(self, entry: QueueEntry) -> None:
+        last = self.last
+        entry.before = last
+        if last is None:
+            self.first = entry
+        else:
+            last.after = entry
+        self.last = entry
+        self._n += 1
+
+    def remove(self, entry: QueueEntry) -> None:
+        before, after = entry.before, entry.after
+        if before is None:
+            self.first = after
+        else:
+            before.after = after
+        if after is None:
+            self.last = before
+        else:
+            after.before = before
+        entry.before = entry.after = None
+        self._n -= 1
+
+
+class Result(Held):
+    """A slice of a caller's own pool, outside of any quota, that holds the result of its call."""
+
+    __slots__ = ("pool", "slice")
+
+    def __init__(self, pool: Pool, size: int) -> None:
+        """EXFULL: there is no room for *size* bytes."""
+        self.pool = pool
+        self.slice = pool.allocate(size)
+
+    def commit(self) -> None:
+        pass
+
+    def undo(self) -> None:
+        self.pool.release(self.slice)
+
+    def hand_over(self, call: Call) -> None:
+        self.pool.publish(self.slice)
+        self.pool.release(self.slice)
+
+
 class Loss(Step):
     """A message that *receiver* can't get, and will count as lost."""
 
@@ -127,12 +197,12 @@ class Delivery:
         self.slice = entry.slice
         skip = 0 if accept_fds else len(entry.fds)
         self.descriptors = (entry.fds + entry.memfds)[skip:]
-        for descriptor in self.descriptors:
-            descriptor.hold()
         self.positions = entry.positions[skip:]
         self.accepted = skip == 0
         for position in entry.positions:
             self.pool.memory.write(self.slice.offset + position, b"\xff\xff\xff\xff")
+        for descriptor in self.descriptors:
+            descriptor.hold()
 
     def installed(self, numbers: list[int]) -> int:
         """Put the receiver's *numbers* (-1: could not be installed) into the slice. Returns the
@@ -179,6 +249,9 @@ class Connection:
         "n_requests",
         "owed",
         "completed",
+        "listings",
+        "view",
+        "groups",
         "alive",
         "waker",
         "fd_socket",
@@ -205,7 +278,7 @@ class Connection:
         self.user = user
         self.pool = pool
         self.quota = Quota(pool.size)
-        self.queue: deque[QueueEntry] = deque()
+        self.queue = Queue()
         self.lost = 0
         self.names: dict[bytes, Owner] = {}
         """Records in the name registry, in order of acquisition; queued ones too."""
@@ -226,6 +299,12 @@ class Connection:
         """Trackers of others that wait for its answer."""
         self.completed: dict[Call, None] = {}
         """Calls of its own that have been completed and not yet finished."""
+        self.listings: dict[Listing, None] = {}
+        """Its LISTs that are under way."""
+        self.view: NamesView | None = None
+        """Its names as they are, if somebody may look at them later."""
+        self.groups: dict[NameEntry | None, list[QueueEntry]] | None = None
+        """The queue by the names that were addressed, while all of the names go."""
         self.alive = True
         self.waker: Callable[[], None] | None = None
         """Called when poll may have something to say."""
@@ -234,11 +313,14 @@ class Connection:
 
     def wake(self) -> None:
         if self.waker is not None:
-            self.waker()
+            try:
+                self.waker()
+            except Exception as error:
+                self.bus.domain.report(error)
 
     @property
     def readable(self) -> bool:
-        return bool(self.queue) or self.lost > 0
+        return len(self.queue) > 0 or self.lost > 0
 
     def owned_names(self) -> list[bytes]:
         """The names it owns, not those it queues for, in order of acquisition."""
@@ -267,6 +349,8 @@ class Connection:
 
     def finish(self, call: Call) -> int:
         """Give *call* its results; returns its errno. Nothing has happened if this stalls."""
+        if not self.alive:
+            self.abandon(call)
         held = call.held
         if held is not None:
             held.hand_over(call)
@@ -361,21 +445,27 @@ class Connection:
     def pick(self, priority: int | None) -> QueueEntry | None:
         """The oldest message, or with *priority* the oldest of those with the lowest value, which
         must not exceed it. None if there is none."""
-        queue = self.queue
-        if queue:
-            if priority is None:
-                return queue[0]
-            entry = min(queue, key=_priority)
-            if entry.priority <= priority:
-                return entry
-        return None
+        entry = self.queue.first
+        if entry is None or priority is None:
+            return entry
+        best = entry
+        while entry is not None:
+            if entry.priority < best.priority:
+                best = entry
+            entry = entry.after
+        return best if best.priority <= priority else None
 
-    def dequeue(self, entry: QueueEntry) -> None:
-        """Take *entry* out of the queue; its slice stays."""
-        if self.queue[0] is entry:
-            self.queue.popleft()
-        else:
-            self.queue.remove(entry)
+    def addressed_to(self, entry: NameEntry) -> list[QueueEntry]:
+        """The queued messages that were addressed to this name, in order."""
+        if self.groups is not None:
+            return self.groups.get(entry, [])
+        return [queued for queued in self.queue if queued.name is entry]
+
+    def group_by_name(self) -> None:
+        """All names are about to go: have the queue gone through once, not for each of them."""
+        self.groups = {}
+        for queued in self.queue:
+            self.groups.setdefault(queued.name, []).append(queued)
 
     def publish(self, entry: QueueEntry) -> Delivery | None:
         """Hand the slice to user space; returns the descriptors to install with it, if any, which
@@ -391,27 +481,10 @@ class Connection:
             raise
         return delivery
 
-    def adopt(self, entry: QueueEntry, old: Connection) -> bool:
-        """Message migration: queue what *old* has just dequeued. False if it could not be; the
-        message is gone then, and its sender learns nothing."""
-        old_slice, slice_ = entry.slice, None
-        if not entry.fds or self.flags & ACCEPT_FD:
-            try:
-                slice_ = self._stage_copy(entry, old)
-            except CommandError:
-                pass
-        old.quota.discharge(entry.user, entry.size, len(entry.fds))
-        old.pool.release(old_slice)
-        if slice_ is not None:
-            entry.slice = slice_
-            self.queue.append(entry)
-        else:
-            entry.release_descriptors()
-            if entry.reply is not None:
-                entry.reply.unqueue()
-        return slice_ is not None
-
-    def _stage_copy(self, entry: QueueEntry, old: Connection) -> Slice:
+    def stage_moved(self, entry: QueueEntry, old: Connection) -> Slice:
+        """Message migration: copy what is queued at *old*. ECOMM, ENOBUFS, EMFILE, EXFULL."""
+        if entry.fds and not self.flags & ACCEPT_FD:
+            raise CommandError(ECOMM, "destination accepts no descriptors")
         content = entry.copy
         assert content is not None
         missing = entry.size - len(content)
@@ -423,8 +496,17 @@ class Connection:
         except CommandError:
             self.quota.discharge(entry.user, entry.size, len(entry.fds))
             raise
-        self.pool.memory.write(slice_.offset, content)
+        try:
+            self.pool.memory.write(slice_.offset, content)
+        except BaseException:
+            self.unstage_moved(entry, slice_)
+            raise
         return slice_
+
+    def unstage_moved(self, entry: QueueEntry, slice_: Slice) -> None:
+        """Give back what `stage_moved` took."""
+        self.quota.discharge(entry.user, entry.size, len(entry.fds))
+        self.pool.release(slice_)
 
     def check(self) -> None:
         """Assert what must hold between any two calls."""
@@ -439,8 +521,15 @@ class Connection:
             assert accounts[user].messages == len(mine)
             assert accounts[user].fds == sum(len(e.fds) for e in mine)
         assert all(e.slice.kernel for e in queued)
-        n_held = sum(s.kernel for s in self.pool.slices())
-        assert n_held == len(queued), "a slice without a message"
+        held = [e.slice for e in queued]
+        held += [c.held.slice for c in self.completed if isinstance(c.held, Result)]
+        held += [listing.result.slice for listing in self.listings if listing.result is not None]
+        kernels = [s for s in self.pool.slices() if s.kernel]
+        assert {id(s) for s in held} == {id(s) for s in kernels}, "a slice without a message"
+        assert len(held) == len(kernels)
+        assert all(c.wait is None for c in self.completed)
+        assert all(e.receiver is self for e in queued)
+        assert self.groups is None
         assert all(r.requester is self and r.listed for r in self.requests)
         assert all(r.target is self and r.listed for r in self.owed)
         assert all(r.suspended and r.requester is self for r in self.suspended.values())
@@ -449,10 +538,6 @@ class Connection:
             if e.reply is not None and e.reply.requester is self
         }
         assert len(requests) == self.n_requests
-
-
-def _priority(entry: QueueEntry) -> int:
-    return entry.priority
 
 
 def owned_name_item(name: bytes, flags: int) -> bytes:

@@ -6,18 +6,21 @@ from __future__ import annotations
 import heapq
 import stat
 import weakref
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from errno import EMFILE
 from typing import TYPE_CHECKING, Protocol
 
 from ..abi.errors import CommandError
 from ..abi.numbers import Limit
+from .bus import Bus
 from .metadata import UserNamespace
 from .node import Node
 from .quota import Shares, User
+from .work import Work
 
 if TYPE_CHECKING:
+    from .connection import Connection
     from .node import Subject
     from .peer import Credentials
     from .reply import Reply
@@ -36,6 +39,10 @@ class Clock(Protocol):
     def realtime_ns(self) -> int: ...
 
 
+def _raise(error: BaseException) -> None:
+    raise error
+
+
 class Domain:
     """Ids, users, nodes and deadlines of one mount.
 
@@ -49,8 +56,10 @@ class Domain:
         self.root.link(Node(2, "control", stat.S_IFREG | 0o666, self))
         self.kernel_user = User()
         """Whom notifications are charged to."""
-        self.work: deque[Iterator[None]] = deque()
-        """What takes longer than others should wait: each `step` does one piece of the first."""
+        self.work = Work()
+        """What takes long: to be done in pieces, as long as there is some."""
+        self.report: Callable[[BaseException], None] = _raise
+        """Told of an exception that nobody expected where nothing can be undone any more."""
         self._last_id = 0
         self._users: dict[int, User] = {}
         self.pool_space = Shares(POOL_SPACE, USER_POOL_SPACE)
@@ -95,11 +104,8 @@ class Domain:
     # --- long work
 
     def step(self) -> None:
-        """Do one piece of work, of about a millisecond at most, and put the rest behind others."""
-        piece = self.work.popleft()
-        for _ in piece:
-            self.work.append(piece)
-            return
+        """Do one piece of `work`, of about a millisecond at most."""
+        self.work.proceed()
 
     # --- deadlines of requests
 
@@ -143,6 +149,18 @@ class Domain:
 
     def check(self) -> None:
         """Assert what must hold between any two calls, on every bus."""
+        connections: list[Connection] = []
+        makers: Counter[User] = Counter()
         for node in self.root.children.values():
-            if node.subject is not None and node.subject is not self:
-                node.subject.check()
+            if isinstance(node.subject, Bus):
+                connections += node.subject.check()
+                makers[node.subject.creator] += 1
+        members = Counter(c.user for c in connections)
+        for user in {*self._users.values(), *members}:
+            assert user.n_connections >= members[user]
+            assert user.n_buses == makers[user]
+        assert len({c.id for c in connections}) == len(connections)
+        watched = [reply for _, _, watch in self._deadlines for reply in watch]
+        assert self._n_stale == len(self._deadlines) - len(watched)
+        waiting = {r for c in connections for r in (*c.requests, *c.suspended.values())}
+        assert waiting == {r for r in watched if r.requester.bus.alive}

@@ -123,7 +123,8 @@ class Handle:
             return self._execute(call, brought)
         except BaseException:
             # Whatever went wrong, expected or not, and also if the caller's memory stalled.
-            call.undo()
+            if call.begun:
+                call.undo()
             raise
 
     def _execute(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
@@ -417,6 +418,8 @@ class Handle:
 
     def close(self) -> None:
         """The last close of the file."""
+        # It belongs to the file, which refers to this handle; a ring would keep both.
+        self.new_memory = _no_memory
         if self.state is HandleState.BUS_OWNER:
             self._end_bus()
         elif self.state is HandleState.ENDPOINT_OWNER:
@@ -427,8 +430,6 @@ class Handle:
             if self.connection.alive:
                 self.connection.bus.disconnect(self.connection)
             self._close_pool(self.connection)
-        # It belongs to the file, which refers to this handle; a ring would keep both.
-        self.new_memory = _no_memory
 
     def _close_pool(self, connection: Connection) -> None:
         """Give the pool up. While its client has it mapped, it goes on to count as a connection:

@@ -8,12 +8,12 @@ ownership is returned as a `NameChange`: the registry does not know who must be 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from errno import E2BIG, EADDRINUSE, EEXIST, ESRCH
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..abi.errors import CommandError
 from ..abi.numbers import ItemType, Limit, NameFlag
+from .migration import Migration
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -73,28 +73,57 @@ class Acquired(NamedTuple):
     error: int = 0
 
 
-Migrate = Callable[[NameEntry, "Connection", "Connection"], None]
-"""Move what waits for a name from its old owner to the new one."""
+class NamesView:
+    """The names of *connection* at one moment. They are looked up when somebody asks, unless they
+    are about to change: then they are copied, once for all who have this view."""
+
+    __slots__ = ("connection", "_kept")
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._kept: list[tuple[bytes, int]] | None = None
+
+    @staticmethod
+    def of(connection: Connection) -> NamesView:
+        """The view of *connection* as it is now."""
+        view = connection.view
+        if view is None:
+            view = connection.view = NamesView(connection)
+        return view
+
+    def names(self) -> list[tuple[bytes, int]]:
+        """Names and flags of its records, in order of acquisition."""
+        if self._kept is not None:
+            return self._kept
+        return [(name, owner.flags) for name, owner in self.connection.names.items()]
+
+    def keep(self) -> None:
+        """The names are about to change."""
+        self._kept = self.names()
 
 
-def _nowhere(entry: NameEntry, old: Connection, new: Connection) -> None:
-    raise AssertionError("the bus has ended")
+def _keep(owner: Owner) -> None:
+    """The record is about to come, go or change its flags."""
+    connection = owner.connection
+    if connection.view is not None:
+        connection.view.keep()
+        connection.view = None
 
 
 class NameRegistry:
-    """All names of a bus. *migrate* is called where messages follow a name (between an activator
-    and an implementer, either way)."""
+    """All names of a bus."""
 
-    __slots__ = ("entries", "_migrate")
+    __slots__ = ("entries",)
 
-    def __init__(self, migrate: Migrate) -> None:
+    def __init__(self) -> None:
         self.entries: dict[bytes, NameEntry] = {}
-        self._migrate = migrate
 
-    def close(self) -> None:
-        """The bus has ended, and all names with it; what refers back to it is let go."""
-        assert not self.entries
-        self._migrate = _nowhere
+    def drop(self, connection: Connection, name: bytes) -> None:
+        """The bus has ended, and all names with it: forget one, without any heir."""
+        owner = connection.names.pop(name)
+        self.entries.pop(name, None)
+        owner.entry.activator = None
+        owner.entry.queue.clear()
 
     def owner_of(self, name: bytes) -> Connection | None:
         """The connection that owns *name*, activators included."""
@@ -115,6 +144,7 @@ class NameRegistry:
         if entry is None:
             entry = self.entries[name] = NameEntry(name)
         owner = entry.activator = Owner(connection, entry, _ACTIVATOR)
+        _keep(owner)
         connection.names[name] = owner
         if entry.queue:
             owner.flags |= _IN_QUEUE
@@ -131,9 +161,12 @@ class NameRegistry:
             if len(connection.names) >= Limit.CONNECTION_NAMES:
                 raise CommandError(E2BIG, f"{len(connection.names)} names already")
             me = Owner(connection, entry, 0)
+        queue, activator, migration = entry.queue, entry.activator, None
+        if not queue and activator is not None:
+            migration = Migration(entry, activator.connection, connection)
         # Nothing below can fail but for a name that is taken, which changes nothing.
+        _keep(me)
         me.flags = flags & (_ALLOW_REPLACEMENT | _QUEUE)
-        queue = entry.queue
         change: NameChange | None = None
         acquired = False
 
@@ -142,19 +175,20 @@ class NameRegistry:
             me.flags |= _PRIMARY
             acquired = True
             change = NameChange(ItemType.NAME_ADD, name, 0, 0, connection.id, me.flags)
-            activator = entry.activator
-            if activator is not None:
+            if activator is not None and migration is not None:
                 change = change._replace(
                     type=ItemType.NAME_CHANGE,
                     old_id=activator.connection.id,
                     old_flags=activator.flags,
                 )
-                self._migrate(entry, activator.connection, connection)
+                migration.commit()
+                _keep(activator)
                 activator.flags = activator.flags & ~_PRIMARY | _IN_QUEUE
         elif queue[0] is me:
             me.flags |= _PRIMARY
         elif flags & _REPLACE_EXISTING and queue[0].flags & _ALLOW_REPLACEMENT:
             head = queue[0]
+            _keep(head)
             if not newcomer:
                 queue.remove(me)
             queue.insert(0, me)
@@ -199,6 +233,11 @@ class NameRegistry:
         if me is None:
             raise CommandError(EADDRINUSE, "the name is not yours")
         was_owner = entry.owner is me
+        migration = None
+        if was_owner and len(entry.queue) == 1 and entry.activator is not None:
+            migration = Migration(entry, connection, entry.activator.connection)
+        # Nothing below can fail.
+        _keep(me)
         del connection.names[name]
         if entry.activator is me:
             entry.activator = None
@@ -211,8 +250,9 @@ class NameRegistry:
         heir = entry.owner
         if heir is None:
             return NameChange(ItemType.NAME_REMOVE, name, connection.id, me.flags, 0, 0)
-        if heir is entry.activator:
-            self._migrate(entry, connection, heir.connection)
+        if migration is not None:
+            migration.commit()
+        _keep(heir)
         heir.flags = heir.flags & ~_IN_QUEUE | _PRIMARY
         return NameChange(
             ItemType.NAME_CHANGE,

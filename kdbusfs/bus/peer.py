@@ -4,6 +4,10 @@
 `kdbusfs.peer` has the real ones, the tests have fakes. A peer is good for one call only: the
 caller is held in its ioctl until the call is answered, so its memory and its credentials stay
 put for so long.
+
+What is asked of a caller, `Memory.publish` and the making of a pool's memory may raise `Stalled`:
+the caller was too slow, and others have gone first. Any method may raise anything but for `hold`
+and `release`; what ends something (`close`, the end of a watch) has ended it also if it raises.
 """
 
 from __future__ import annotations

@@ -109,6 +109,15 @@ class Reply:
             del self.requester.suspended[self.cookie]
             self._ended()
 
+    def end_watch(self) -> None:
+        """End the watch on the cancel descriptor, if there is one."""
+        unwatch, self.unwatch = self.unwatch, None
+        if unwatch is not None:
+            try:
+                unwatch()
+            except Exception as error:
+                self.requester.bus.domain.report(error)
+
     def unqueue(self) -> None:
         """The request has left the target's queue."""
         if self.queued:

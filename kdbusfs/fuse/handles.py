@@ -86,6 +86,10 @@ _pack_ioctl_out = wire.IOCTL_OUT.pack
 _IOCTL_OUT_SIZE = wire.IOCTL_OUT.size
 
 
+def _report(error: BaseException) -> None:
+    log.error("ERROR: nobody expected this", exc_info=error)
+
+
 class NewBacking(Protocol):
     """Makes the pool side of an endpoint that user *uid* is opening under a nodeid."""
 
@@ -133,6 +137,7 @@ class Handles:
     ) -> None:
         self._device = device
         self._domain = domain
+        domain.report = _report
         self._tree = tree
         self._new_backing = new_backing
         self._watcher = watcher

@@ -711,6 +711,8 @@ class FakeDomain:
         self.core = Domain(self.clock, HOME_USERS)
         self.files: list[File] = []
         self.completed: list[Pending] = []
+        self.works = True
+        """Whether `finish` does what takes long."""
 
     def node(self, path: str) -> Any:
         node = self.core.root
@@ -737,9 +739,13 @@ class FakeDomain:
         self.check()
 
     def finish(self) -> None:
-        """Finish the calls that have been completed, as the FUSE side does between requests."""
-        while self.completed:
-            self.completed.pop(0).finish()
+        """Do the work that is left and finish the calls that have been completed, as the FUSE side
+        does between requests."""
+        while self.completed or (self.core.work and self.works):
+            if self.core.work and self.works:
+                self.core.work.proceed()
+            while self.completed:
+                self.completed.pop(0).finish()
 
     def check(self) -> None:
         """Assert what must hold between any two calls, in all of the domain."""

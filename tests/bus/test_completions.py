@@ -78,6 +78,8 @@ def test_a_connection_that_ends_before_its_call_is_finished_leaves_nothing(
         scene.client.handle.connection.bus.disconnect(scene.client.connection)
     else:
         bus.file.close()
+        while bus.domain.core.work:
+            bus.domain.core.work.proceed()
     nothing_is_left(scene.client)
     scene.finish()
     assert scene.pending.error == ECONNRESET

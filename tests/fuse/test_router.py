@@ -11,6 +11,7 @@ import pytest
 
 from bus.fakes import FakeClock
 from kdbusfs.bus.domain import Domain
+from kdbusfs.bus.quota import User
 from kdbusfs.fuse import wire
 from kdbusfs.fuse.relay import tree_pair
 from kdbusfs.fuse.router import Router
@@ -142,7 +143,8 @@ def test_a_piece_of_work_at_a_time(bench: Bench) -> None:
             done.append(f"{name}{i}")
             yield
 
-    bench.domain.work.extend([work("a", 3), work("b", 1)])
+    bench.domain.work.add(User(1), work("a", 3))
+    bench.domain.work.add(User(2), work("b", 1))
     while bench.domain.work:
         bench.router._work()
     assert done == ["a0", "b0", "a1", "a2"]
