@@ -22,6 +22,7 @@ COMPILED = [
     "kdbusfs/bus/pool.py",
     "kdbusfs/bus/quota.py",
     "kdbusfs/bus/reply.py",
+    "kdbusfs/bus/shares.py",
     "kdbusfs/fuse/handles.py",
     "kdbusfs/fuse/ioctl.py",
     "kdbusfs/peer/process.py",

@@ -84,8 +84,8 @@ class Bus:
         self.connections: dict[int, Connection] = {}
         """By id, monitors among them."""
         self.monitors: dict[Connection, None] = {}
-        self.names = NameRegistry()
-        self.policy = PolicyDatabase()
+        self.names = NameRegistry(domain.budget.memory)
+        self.policy = PolicyDatabase(domain.budget.memory)
         self.matches = MatchIndex()
         self._seqnum = 0
         self._notifications: list[Notification] = []
@@ -121,9 +121,7 @@ class Bus:
         del self.connections[connection.id]
         del connection.endpoint.connections[connection]
         self.monitors.pop(connection, None)
-        for match in connection.matches:
-            self.matches.remove(match)
-        connection.matches.clear()
+        connection.remove_matches()
         connection.group_by_name()
         for name in list(connection.names):
             self.announce(self.names.release(connection, name))
@@ -521,9 +519,9 @@ class Bus:
                 del self.connections[connection.id]
                 yield
             del self.endpoints[endpoint]
-            endpoint.policy = PolicyDatabase()
+            endpoint.policy.clear()
         self.monitors.clear()
-        self.policy = PolicyDatabase()
+        self.policy.clear()
 
     def _empty(self, connection: Connection) -> Iterator[None]:
         """End whoever waits on a connection of this dead bus, and drop all that it has."""
@@ -552,9 +550,7 @@ class Bus:
             n += 1
             if n % _PIECE == 0:
                 yield
-        for match in connection.matches:
-            self.matches.remove(match)
-        connection.matches.clear()
+        connection.remove_matches()
         yield
         for name in list(connection.names):
             self.names.drop(connection, name)

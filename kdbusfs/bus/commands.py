@@ -14,7 +14,6 @@ from errno import (
     EBADSLT,
     EDOM,
     EINVAL,
-    EMFILE,
     ENXIO,
     EOPNOTSUPP,
     EPERM,
@@ -35,7 +34,6 @@ from ..abi.numbers import (
     Command,
     ExtensionCommand,
     ItemType,
-    Limit,
     MatchFlag,
     RecvFlag,
     RecvReturnFlag,
@@ -54,7 +52,8 @@ from .listing import Listing
 from .match import Match, Rule
 from .message import Message
 from .metadata import PROCESS
-from .policy import Entries, parse_entries
+from .policy import Entries, parse_entries, policy_size
+from .shares import Charge
 
 ORDINARY = 0
 _READERS = frozenset({ORDINARY, ACTIVATOR, MONITOR})
@@ -308,7 +307,8 @@ def update(connection: Connection, call: Call) -> int:
             raise CommandError(EOPNOTSUPP, "only policy holders have a policy to update")
         policy = read_policy(connection, call)
         # Nothing below can fail.
-        connection.bus.policy.replace(connection, policy)
+        call.commit()
+        connection.bus.policy.replace(connection, connection.opener.uid, policy)
     connection.attach_flags_send, connection.attach_flags_recv = send_mask, recv_mask
     return 0
 
@@ -320,6 +320,8 @@ def read_policy(connection: Connection, call: Call) -> Entries:
         call, users, limit=1, wildcards=connection.kind == POLICY_HOLDER
     )
     connection.bus.policy.check_owner(connection, entries)
+    memory = connection.bus.domain.budget.memory
+    call.begin(Charge(memory, connection.opener.uid, policy_size(entries)))
     return entries
 
 
@@ -334,29 +336,17 @@ def match_add(connection: Connection, call: Call) -> int:
     ]
     cookie = call.u64(24)
     if call.flags & MatchFlag.REPLACE:
-        _remove_matches(connection, cookie)
-    if len(connection.matches) >= Limit.CONNECTION_MATCHES:
-        raise CommandError(EMFILE, f"{len(connection.matches)} matches")
-    match = Match(connection, cookie, rules)
-    connection.matches.append(match)
-    connection.bus.matches.add(match)
+        connection.remove_matches(cookie)
+    connection.add_match(Match(connection, cookie, rules))
     return 0
 
 
 @command(Command.MATCH_REMOVE)
 def match_remove(connection: Connection, call: Call) -> int:
     """KDBUS_CMD_MATCH_REMOVE (kdbus.match(7)): drop all matches with this cookie."""
-    if not _remove_matches(connection, call.u64(24)):
+    if not connection.remove_matches(call.u64(24)):
         raise CommandError(EBADSLT, "no match with this cookie")
     return 0
-
-
-def _remove_matches(connection: Connection, cookie: int) -> bool:
-    gone = [match for match in connection.matches if match.cookie == cookie]
-    for match in gone:
-        connection.bus.matches.remove(match)
-    connection.matches = [match for match in connection.matches if match.cookie != cookie]
-    return bool(gone)
 
 
 def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule:

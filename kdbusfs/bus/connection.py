@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from errno import ECOMM, ECONNRESET
+from errno import ECOMM, ECONNRESET, EMFILE
 from typing import TYPE_CHECKING
 
 from ..abi.errors import CommandError
 from ..abi.items import Buffer, build, build_string
-from ..abi.numbers import AttachFlag, HelloFlag, ItemType, NameFlag, RecvReturnFlag
+from ..abi.numbers import AttachFlag, HelloFlag, ItemType, Limit, NameFlag, RecvReturnFlag
 from ..abi.structs import I32, MSG_INFO, U64
 from .call import Call, Held, Step
 from .metadata import Facts, Reference
@@ -58,6 +58,7 @@ class QueueEntry(Held):
         "positions",
         "reply",
         "copy",
+        "payer",
     )
 
     def __init__(self, receiver: Connection, message: Deliverable, slice_: Slice) -> None:
@@ -81,7 +82,9 @@ class QueueEntry(Held):
         """The tracker, if this is a request."""
         self.copy: bytes | None = None
         """The slice's bytes, kept where the message may have to move on to another pool, since
-        its receiver could have tampered with its own. The payload may be missing, see `stage`."""
+        its receiver could have tampered with its own. The payload may be missing, see `_keep`."""
+        self.payer = message.payer
+        """Whose share of memory the copy is taken from, a real uid."""
 
     def commit(self) -> None:
         self.receiver.queue.append(self)
@@ -367,6 +370,36 @@ class Connection:
             call.error = ECONNRESET
         self.completed.pop(call, None)
 
+    # --- matches
+
+    def add_match(self, match: Match) -> None:
+        """EMFILE: too many of this connection or user; ENOMEM: they take too much memory."""
+        if len(self.matches) >= Limit.CONNECTION_MATCHES:
+            raise CommandError(EMFILE, f"{len(self.matches)} matches")
+        budget, uid = self.bus.domain.budget, self.opener.uid
+        budget.matches.charge(uid, 1)
+        try:
+            budget.memory.charge(uid, match.size)
+        except CommandError:
+            budget.matches.discharge(uid, 1)
+            raise
+        self.matches.append(match)
+        self.bus.matches.add(match)
+
+    def remove_matches(self, cookie: int | None = None) -> bool:
+        """Drop all matches with *cookie*, or all; False if there is none."""
+        gone = [match for match in self.matches if cookie is None or match.cookie == cookie]
+        if not gone:
+            return False
+        budget, uid = self.bus.domain.budget, self.opener.uid
+        for match in gone:
+            self.bus.matches.remove(match)
+            budget.memory.discharge(uid, match.size)
+        budget.matches.discharge(uid, len(gone))
+        dropped = set(gone)
+        self.matches = [match for match in self.matches if match not in dropped]
+        return True
+
     # --- receiving
 
     def stage(self, message: Deliverable) -> QueueEntry:
@@ -414,6 +447,7 @@ class Connection:
         if message.name.activator is not None:
             content += message.payload()
             content += bytes(-len(content) & 7)
+        self.bus.domain.budget.memory.charge(entry.payer, len(content))
         entry.copy = content
         return content
 
@@ -433,8 +467,15 @@ class Connection:
     def settle(self, entry: QueueEntry) -> None:
         """*entry* is no longer queued: give back what it was charged."""
         self.quota.discharge(entry.user, entry.size, len(entry.fds))
+        if entry.copy is not None:
+            self._drop_copy(entry)
         if entry.reply is not None:
             entry.reply.unqueue()
+
+    def _drop_copy(self, entry: QueueEntry) -> None:
+        assert entry.copy is not None
+        self.bus.domain.budget.memory.discharge(entry.payer, len(entry.copy))
+        entry.copy = None
 
     def discard(self, entry: QueueEntry) -> None:
         """Destroy a staged or dequeued message."""

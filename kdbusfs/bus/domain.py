@@ -16,7 +16,8 @@ from ..abi.numbers import Limit
 from .bus import Bus
 from .metadata import UserNamespace
 from .node import Node
-from .quota import Shares, User
+from .quota import User
+from .shares import Budget
 from .work import Work
 
 if TYPE_CHECKING:
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
     from .node import Subject
     from .peer import Credentials
     from .reply import Reply
-
-
-POOL_SPACE = 1 << 46
-"""Half of what Linux gives a process on x86-64 (47 bits)."""
-USER_POOL_SPACE = 1 << 42
-"""As many connections as a user may have, with the largest pool there is."""
 
 
 class Clock(Protocol):
@@ -46,11 +41,15 @@ def _raise(error: BaseException) -> None:
 class Domain:
     """Ids, users, nodes and deadlines of one mount.
 
-    *user_namespace* is that of the mounter: names of nodes tell ids as they are in it.
+    *user_namespace* is that of the mounter: names of nodes tell ids as they are in it. *budget* is
+    what its users may have.
     """
 
-    def __init__(self, clock: Clock, user_namespace: UserNamespace) -> None:
+    def __init__(
+        self, clock: Clock, user_namespace: UserNamespace, budget: Budget | None = None
+    ) -> None:
         self.clock = clock
+        self.budget = budget or Budget()
         self.user_namespace = user_namespace
         self.root = Node(1, "", stat.S_IFDIR | 0o555, self)
         self.root.link(Node(2, "control", stat.S_IFREG | 0o666, self))
@@ -62,8 +61,6 @@ class Domain:
         """Told of an exception that nobody expected where nothing can be undone any more."""
         self._last_id = 0
         self._users: dict[int, User] = {}
-        self.pool_space = Shares(POOL_SPACE, USER_POOL_SPACE)
-        """Address space for pools: all of them are mapped in one process."""
         self._free_inos: list[int] = []
         self._next_ino = 3
         self._deadlines: list[tuple[int, int, list[Reply]]] = []
@@ -149,6 +146,7 @@ class Domain:
 
     def check(self) -> None:
         """Assert what must hold between any two calls, on every bus."""
+        self.budget.check()
         connections: list[Connection] = []
         makers: Counter[User] = Counter()
         for node in self.root.children.values():

@@ -29,7 +29,7 @@ class Endpoint:
         self.bus = bus
         self.node = node
         self.custom = custom
-        self.policy = PolicyDatabase()
+        self.policy = PolicyDatabase(bus.domain.budget.memory)
         """Empty and unused on the default endpoint."""
         self.user = User()
         self.connections: dict[Connection, None] = {}

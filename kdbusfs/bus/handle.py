@@ -19,7 +19,6 @@ from errno import (
     EEXIST,
     EINVAL,
     EMFILE,
-    ENOMEM,
     EOPNOTSUPP,
     EPERM,
     ESHUTDOWN,
@@ -41,11 +40,13 @@ from .connection import ACTIVATOR, MONITOR, POLICY_HOLDER, SPECIAL, Connection
 from .domain import Domain
 from .endpoint import Endpoint
 from .metadata import PROCESS, UNSET_ID, Facts, Reference
+from .names import record_size
 from .node import Node, access_mode
 from .peer import Credentials, Memory
-from .policy import Entries, parse_entries
+from .policy import Entries, parse_entries, policy_size
 from .pool import Pool, Slice
 from .quota import User
+from .shares import Charge
 
 PAGE_SIZE = 4096
 _SETUP = frozenset({Command.BUS_MAKE, Command.ENDPOINT_MAKE, Command.HELLO})
@@ -274,8 +275,10 @@ class Handle:
         """KDBUS_CMD_ENDPOINT_UPDATE (kdbus.endpoint(7)): replace the endpoint's policy."""
         assert self.endpoint is not None
         users = call.peer.credentials().user_namespace
-        self.endpoint.policy.replace(self.endpoint, parse_entries(call, users))
+        entries = parse_entries(call, users)
+        call.begin(Charge(self.domain.budget.memory, self.opener.uid, policy_size(entries)))
         call.commit()
+        self.endpoint.policy.replace(self.endpoint, self.opener.uid, entries)
 
     # --- HELLO
 
@@ -307,6 +310,7 @@ class Handle:
         if connection.kind == ACTIVATOR:
             assert name is not None
             endpoint.bus.names.check_activator(name)
+            call.begin(Charge(self.domain.budget.memory, self.opener.uid, record_size(name)))
         policy = None if name is None else read_policy(connection, call)
         slice_ = self._store_hello(connection, call)
         # Nothing below can fail.
@@ -341,20 +345,26 @@ class Handle:
             assert name is not None
             bus.announce(bus.names.activate(connection, name))
         if policy is not None:
-            bus.policy.replace(connection, policy)
+            bus.policy.replace(connection, connection.opener.uid, policy)
         bus.flush()
 
     def _new_pool(self, size: int) -> Pool:
         """A pool, charged to who opened the file as long as it is mapped; ENOMEM."""
-        space, uid = self.domain.pool_space, self.opener.uid
+        budget, uid = self.domain.budget, self.opener.uid
         # First, since it finds out what has gone of earlier pools.
         pool = Pool(size, self.new_memory(size))
         try:
-            space.charge(uid, size, ENOMEM)
+            budget.addresses.charge(uid, size)
         except CommandError:
             pool.close()
             raise
-        pool.on_gone = lambda: space.discharge(uid, size)
+
+        def gone(charged: int) -> None:
+            budget.addresses.discharge(uid, size)
+            budget.pools.discharge(uid, charged)
+
+        pool.charge = lambda n: budget.pools.charge(uid, n)
+        pool.on_gone = gone
         return pool
 
     def _check_hello(self, call: Call, endpoint: Endpoint, pool_size: int) -> bytes | None:
@@ -437,10 +447,10 @@ class Handle:
         user, pool = connection.user, connection.pool
         on_gone = pool.on_gone
 
-        def gone() -> None:
+        def gone(charged: int) -> None:
             user.n_connections -= 1
             if on_gone is not None:
-                on_gone()
+                on_gone(charged)
 
         pool.on_gone = gone
         pool.close()

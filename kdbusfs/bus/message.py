@@ -85,6 +85,8 @@ class Deliverable(Protocol):
 
     user: User
     """Whom it is charged to."""
+    payer: int
+    """The real uid whose share of memory is used for a copy that the bus keeps of it."""
     fds: list[Descriptor]
     memfds: list[Descriptor]
     name: NameEntry | None
@@ -113,6 +115,7 @@ class Message:
     __slots__ = (
         "sender",
         "user",
+        "payer",
         "peer",
         "flags",
         "priority",
@@ -142,6 +145,7 @@ class Message:
         *sync*: it was sent with SYNC_REPLY."""
         self.sender = sender
         self.user = sender.user
+        self.payer = sender.opener.uid
         self.peer = argument.peer
         template = self._template = argument.data
         (
@@ -401,6 +405,7 @@ class Notification:
 
     __slots__ = (
         "user",
+        "payer",
         "fds",
         "memfds",
         "name",
@@ -427,6 +432,7 @@ class Notification:
         cookie_reply: int = 0,
     ) -> None:
         self.user = user
+        self.payer = 0
         self.fds = _NO_DESCRIPTORS
         self.memfds = _NO_DESCRIPTORS
         self.name: NameEntry | None = None

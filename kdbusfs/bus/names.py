@@ -17,6 +17,7 @@ from .migration import Migration
 
 if TYPE_CHECKING:
     from .connection import Connection
+    from .shares import Share
 
 _REPLACE_EXISTING = int(NameFlag.REPLACE_EXISTING)
 _ALLOW_REPLACEMENT = int(NameFlag.ALLOW_REPLACEMENT)
@@ -110,17 +111,34 @@ def _keep(owner: Owner) -> None:
         connection.view = None
 
 
+def record_size(name: bytes) -> int:
+    """How many bytes of memory a connection's record at *name* takes, about."""
+    return 512 + len(name)
+
+
+def _may_take(queue: list[Owner], flags: int) -> bool:
+    """Whether a newcomer becomes the primary at once."""
+    return not queue or bool(flags & _REPLACE_EXISTING and queue[0].flags & _ALLOW_REPLACEMENT)
+
+
 class NameRegistry:
-    """All names of a bus."""
+    """All names of a bus. Each record takes from its connection's share of *memory*."""
 
-    __slots__ = ("entries",)
+    __slots__ = ("_memory", "entries")
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Share) -> None:
         self.entries: dict[bytes, NameEntry] = {}
+        self._memory = memory
+
+    def _strike(self, connection: Connection, name: bytes) -> None:
+        """Take the record at *name* off *connection*'s list."""
+        del connection.names[name]
+        self._memory.discharge(connection.opener.uid, record_size(name))
 
     def drop(self, connection: Connection, name: bytes) -> None:
         """The bus has ended, and all names with it: forget one, without any heir."""
-        owner = connection.names.pop(name)
+        owner = connection.names[name]
+        self._strike(connection, name)
         self.entries.pop(name, None)
         owner.entry.activator = None
         owner.entry.queue.clear()
@@ -139,7 +157,8 @@ class NameRegistry:
             raise CommandError(EEXIST, f"{name.decode()} has an activator")
 
     def activate(self, connection: Connection, name: bytes) -> NameChange | None:
-        """Make *connection* the activator of *name*, which has none (`check_activator`)."""
+        """Make *connection* the activator of *name*, which has none (`check_activator`). The record
+        has been charged."""
         entry = self.entries.get(name)
         if entry is None:
             entry = self.entries[name] = NameEntry(name)
@@ -153,7 +172,7 @@ class NameRegistry:
         return NameChange(ItemType.NAME_ADD, name, 0, 0, connection.id, owner.flags)
 
     def acquire(self, connection: Connection, name: bytes, flags: int) -> Acquired:
-        """NAME_ACQUIRE: own *name*, or queue for it. E2BIG: too many names already."""
+        """NAME_ACQUIRE: own *name*, or queue for it. E2BIG, ENOMEM: too many names already."""
         entry = self.entries.get(name) or NameEntry(name)
         me = connection.names.get(name)
         newcomer = me is None
@@ -164,6 +183,13 @@ class NameRegistry:
         queue, activator, migration = entry.queue, entry.activator, None
         if not queue and activator is not None:
             migration = Migration(entry, activator.connection, connection)
+        if newcomer and (flags & _QUEUE or _may_take(queue, flags)):
+            try:
+                self._memory.charge(connection.opener.uid, record_size(name))
+            except CommandError:
+                if migration is not None:
+                    migration.undo()
+                raise
         # Nothing below can fail but for a name that is taken, which changes nothing.
         _keep(me)
         me.flags = flags & (_ALLOW_REPLACEMENT | _QUEUE)
@@ -186,7 +212,7 @@ class NameRegistry:
                 activator.flags = activator.flags & ~_PRIMARY | _IN_QUEUE
         elif queue[0] is me:
             me.flags |= _PRIMARY
-        elif flags & _REPLACE_EXISTING and queue[0].flags & _ALLOW_REPLACEMENT:
+        elif _may_take(queue, flags):
             head = queue[0]
             _keep(head)
             if not newcomer:
@@ -206,7 +232,7 @@ class NameRegistry:
                 head.flags = head.flags & ~_PRIMARY | _IN_QUEUE
             else:
                 queue.remove(head)
-                del head.connection.names[name]
+                self._strike(head.connection, name)
         elif flags & _QUEUE:
             if newcomer:
                 queue.append(me)
@@ -214,7 +240,7 @@ class NameRegistry:
             me.flags |= _IN_QUEUE
         elif not newcomer:
             queue.remove(me)
-            del connection.names[name]
+            self._strike(connection, name)
             return Acquired(me.flags, None)
         else:
             return Acquired(me.flags, None, EEXIST)
@@ -238,7 +264,7 @@ class NameRegistry:
             migration = Migration(entry, connection, entry.activator.connection)
         # Nothing below can fail.
         _keep(me)
-        del connection.names[name]
+        self._strike(connection, name)
         if entry.activator is me:
             entry.activator = None
         else:

@@ -20,6 +20,7 @@ from ..abi.structs import POLICY_ACCESS
 from .call import Argument
 from .metadata import UserNamespace
 from .peer import Credentials
+from .shares import Share
 
 NOTHING = -1
 """The answer of a query that no line of the database speaks to."""
@@ -44,13 +45,22 @@ Entries = dict[bytes, list[Line]]
 """Name or wildcard → its lines, in order."""
 
 
+def policy_size(entries: Entries) -> int:
+    """How many bytes of memory *entries* take, about."""
+    return sum(256 + len(name) + 128 * len(lines) for name, lines in entries.items())
+
+
 class PolicyDatabase:
-    """The entries of one bus or custom endpoint, each owned by whoever stored it."""
+    """The entries of one bus or custom endpoint, each owned by whoever stored it, and taken from
+    its share of *memory*."""
 
-    __slots__ = ("_entries",)
+    __slots__ = ("_entries", "_memory", "_owned")
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Share) -> None:
         self._entries: dict[bytes, tuple[Hashable, list[Line]]] = {}
+        self._owned: dict[Hashable, tuple[int, Entries]] = {}
+        """By owner: the uid that is charged, and what for."""
+        self._memory = memory
 
     def query(self, who: Credentials, name: bytes) -> int:
         """The highest access *who* has to *name*: a PolicyAccess, or NOTHING."""
@@ -72,16 +82,25 @@ class PolicyDatabase:
             if held is not None and held[0] is not owner:
                 raise CommandError(EEXIST, f"policy for {name.decode()} is held by another")
 
-    def replace(self, owner: Hashable, entries: Entries) -> None:
-        """Put *entries*, whose names nobody else holds, in the place of all that *owner* has."""
+    def replace(self, owner: Hashable, uid: int, entries: Entries) -> None:
+        """Put *entries*, whose names nobody else holds, in the place of all that *owner* has. They
+        have been charged to *uid*."""
         self.remove(owner)
+        self._owned[owner] = uid, entries
         for name, lines in entries.items():
             self._entries[name] = (owner, lines)
 
     def remove(self, owner: Hashable) -> None:
         """Drop all entries of *owner*."""
-        for name in [n for n, (who, _) in self._entries.items() if who is owner]:
+        uid, entries = self._owned.pop(owner, (0, {}))
+        for name in entries:
             del self._entries[name]
+        self._memory.discharge(uid, policy_size(entries))
+
+    def clear(self) -> None:
+        """Drop all entries."""
+        for owner in list(self._owned):
+            self.remove(owner)
 
     def names(self) -> list[bytes]:
         return list(self._entries)

@@ -21,6 +21,9 @@ from errno import ENXIO, EXFULL
 from ..abi.errors import CommandError
 from .peer import Memory
 
+_STEP = 1 << 16
+"""How many bytes of a pool are charged at a time."""
+
 
 def _nothing() -> None:
     pass
@@ -45,16 +48,24 @@ class Slice:
 
 
 class Pool:
-    """The slices of one pool of *size* bytes, and its *memory*; *on_gone* is called when nobody has
-    that mapped any more."""
+    """The slices of one pool of *size* bytes, and its *memory*; *charge* is asked before more
+    of it is put to use, and may refuse; *on_gone* is called with what was charged when
+    nobody has it mapped any more. Neither may refer to the pool: a ring would keep its memory."""
 
-    __slots__ = ("size", "memory", "on_gone", "_used", "_free", "_by_offset")
+    __slots__ = ("size", "memory", "charge", "charged", "on_gone", "_used", "_free", "_by_offset")
 
     def __init__(
-        self, size: int, memory: Memory, on_gone: Callable[[], None] | None = None
+        self,
+        size: int,
+        memory: Memory,
+        charge: Callable[[int], None] | None = None,
+        on_gone: Callable[[int], None] | None = None,
     ) -> None:
         self.size = size
         self.memory = memory
+        self.charge = charge
+        self.charged = 0
+        """Bytes from the start that have been in use: a page that was touched once stays."""
         self.on_gone = on_gone
         whole = Slice(0, size)
         self._used: dict[int, Slice] = {}
@@ -64,13 +75,17 @@ class Pool:
         """Free slices by offset."""
 
     def allocate(self, size: int) -> Slice:
-        """A slice of *size* bytes, rounded up to 8, under the kernel's hold; EXFULL: none fits."""
+        """A slice of *size* bytes, rounded up to 8, under the kernel's hold; EXFULL: none fits, or
+        its user has no share of memory left."""
         size = (size + 7) & ~7
         free = self._free
         i = bisect_left(free, (size, 0))
         if i == len(free):
             raise CommandError(EXFULL, f"no free slice of {size} bytes")
-        _, offset = free.pop(i)
+        offset = free[i][1]
+        if offset + size > self.charged:
+            self._put_to_use(offset + size)
+        del free[i]
         slice_ = self._by_offset.pop(offset)
         if slice_.size > size:
             rest = Slice(offset + size, slice_.size - size)
@@ -84,6 +99,12 @@ class Pool:
         slice_.kernel = True
         self._used[offset] = slice_
         return slice_
+
+    def _put_to_use(self, end: int) -> None:
+        end = min((end + _STEP - 1) // _STEP * _STEP, self.size)
+        if self.charge is not None:
+            self.charge(end - self.charged)
+        self.charged = end
 
     def publish(self, slice_: Slice) -> None:
         """Hand the slice to user space: its offset is about to be told."""
@@ -135,8 +156,10 @@ class Pool:
         for slice_ in (*self._used.values(), *self._by_offset.values()):
             slice_.before = slice_.after = None
         self._used.clear()
+        self.charge = None
         on_gone, self.on_gone = self.on_gone, None
-        self.memory.close(on_gone or _nothing)
+        charged = self.charged
+        self.memory.close(_nothing if on_gone is None else lambda: on_gone(charged))
 
     def slices(self) -> list[Slice]:
         """All slices in order of offset, free ones too."""

@@ -7,7 +7,7 @@ A user may fill at most a third of what the others left of half the pool, so tha
 who floods a receiver still leaves room for a second, and that one for a third. Room in the pool
 that received but unfreed slices take is no business of the quota (kdbus.pool(7)).
 
-What the daemon itself has only so much of is divided by `Shares`.
+What the daemon itself has only so much of is divided elsewhere (`shares`).
 """
 
 from __future__ import annotations
@@ -31,47 +31,6 @@ class User:
         """Real uid, or None for a custom endpoint's or the kernel's own user."""
         self.n_connections = 0
         self.n_buses = 0
-
-
-class Shares:
-    """Something of which there is *total* for all users of a mount.
-
-    A user may have a third of what others leave, as with the quota of a pool, and no more than
-    *most*. All users together may have three quarters; the rest is for root alone, which may have
-    all that is left. So many users, as the owner of subordinate ids can be, can use up what is for
-    users, but never what is for root.
-    """
-
-    __slots__ = ("total", "_most", "_taken", "_n_taken")
-
-    def __init__(self, total: int, most: int) -> None:
-        self.total = total
-        self._most = most
-        self._taken: dict[int, int] = {}
-        self._n_taken = 0
-
-    def charge(self, uid: int, n: int, errno: int) -> None:
-        """Let user *uid* have *n* more; *errno*: that is more than its share."""
-        mine = self._taken.get(uid, 0)
-        if uid:
-            share = min((self.total - self.total // 4 - self._n_taken + mine) // 3, self._most)
-        else:
-            share = self.total - self._n_taken + mine
-        if mine + n > share:
-            raise CommandError(errno, f"user {uid} has {mine}, {n} more")
-        self._taken[uid] = mine + n
-        self._n_taken += n
-
-    def discharge(self, uid: int, n: int) -> None:
-        """Give back what `charge` took."""
-        left = self._taken.pop(uid) - n
-        if left:
-            self._taken[uid] = left
-        self._n_taken -= n
-
-    def taken(self, uid: int) -> int:
-        """How much user *uid* has."""
-        return self._taken.get(uid, 0)
 
 
 class Account:

@@ -42,7 +42,7 @@ from ..bus.domain import Domain
 from ..bus.endpoint import Endpoint
 from ..bus.handle import Handle
 from ..bus.node import Node
-from ..bus.quota import Shares
+from ..bus.shares import Share
 from ..peer.closers import CLOSERS, Closing
 from ..peer.descriptors import FileDescriptor, Watcher, can_be_sent
 from ..peer.memory import PoolMemory
@@ -146,7 +146,7 @@ class Handles:
         self._open_nodeids: set[int] = set()
         self._n_open: dict[int, int] = {}
         """Open endpoints by uid: each takes descriptors of ours."""
-        self._opens = Shares(_OPENS, _MOST_OPENS)
+        self._opens = Share("open files", EMFILE, _OPENS, _MOST_OPENS)
         """All open files: even `control`, which takes nothing but memory."""
         self._warned: set[Node] = set()
         self._next_fh = 1
@@ -231,7 +231,7 @@ class Handles:
         """An open file that is charged to *peer*; EMFILE, ENFILE, ENOMEM."""
         file = OpenFile(self._next_fh, nodeid, None)
         file.uid = peer.uid
-        self._opens.charge(peer.uid, 1, EMFILE)
+        self._opens.charge(peer.uid, 1)
         try:
             file.handle = Handle(self._domain, node, peer.credentials(), file.new_memory)
             if isinstance(node.subject, Endpoint):

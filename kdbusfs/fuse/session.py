@@ -16,6 +16,7 @@ import pyfuse3
 import trio
 
 from ..bus.domain import Domain
+from ..bus.shares import Budget
 from ..errors import UserError
 from ..peer.namespaces import OWN_USER
 from .relay import tree_pair
@@ -48,7 +49,8 @@ class Session:
     ) -> None:
         if spin_us is None:
             spin_us = DEFAULT_SPIN_US if len(os.sched_getaffinity(0)) > 1 else 0
-        domain = Domain(_Clock(), OWN_USER)
+        memory_size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        domain = Domain(_Clock(), OWN_USER, Budget(memory_size))
         self._tree = Tree(domain.root)
         ours, self._theirs = tree_pair()
         self._router = Router(

@@ -2,7 +2,7 @@
 """Who has how many of the daemon's open files.
 
 A file on its way, the memory of a pool before HELLO, a namespace that somebody is in: each takes
-a number in the table of one process, for everybody. Users have shares of it (`bus.quota.Shares`),
+a number in the table of one process, for everybody. Users have shares of it (`bus.shares.Share`),
 but for `RESERVE` numbers: with them the daemon reads /proc, opens pidfds and talks to a thread that
 receives descriptors.
 """
@@ -14,7 +14,7 @@ import threading
 from errno import EMFILE, ENFILE, ENOMEM
 
 from ..abi.errors import CommandError
-from ..bus.quota import Shares
+from ..bus.shares import Share
 
 RESERVE = 256
 MOST = 1 << 15
@@ -25,28 +25,28 @@ class Table:
 
     def __init__(self, size: int = 0) -> None:
         self._lock = threading.RLock()
-        self._shares = self._divide(size) if size else None
+        self._share = self._divide(size) if size else None
 
     @staticmethod
-    def _divide(size: int) -> Shares:
-        return Shares(size - min(RESERVE, size // 2), MOST)
+    def _divide(size: int) -> Share:
+        return Share("descriptors", EMFILE, size - min(RESERVE, size // 2), MOST)
 
     def charge(self, uid: int) -> None:
         """Let user *uid* have one more; EMFILE: its share is used up."""
         with self._lock:
-            if self._shares is None:
-                self._shares = self._divide(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-            self._shares.charge(uid, 1, EMFILE)
+            if self._share is None:
+                self._share = self._divide(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+            self._share.charge(uid, 1)
 
     def discharge(self, uid: int) -> None:
         """Give one back."""
         with self._lock:
-            assert self._shares is not None
-            self._shares.discharge(uid, 1)
+            assert self._share is not None
+            self._share.discharge(uid, 1)
 
     def taken(self, uid: int) -> int:
         """How many user *uid* has."""
-        return self._shares.taken(uid) if self._shares is not None else 0
+        return self._share.taken(uid) if self._share is not None else 0
 
 
 TABLE = Table()

@@ -763,3 +763,5 @@ class FakeDomain:
         for user in self.core._users.values():
             assert user.n_connections == 0
             assert user.n_buses == 0
+        for share in self.core.budget.all():
+            share.check_empty()

@@ -10,13 +10,22 @@ from bus.fakes import HOME_USERS, FakePeer
 from bus.harness import Bus, Client, access, fails, name
 from kdbusfs.abi.numbers import ItemType, ListFlag, NameFlag, PolicyAccess, PolicyType
 from kdbusfs.bus.metadata import UserNamespace
-from kdbusfs.bus.policy import Line, PolicyDatabase
+from kdbusfs.bus.policy import Entries, Line, PolicyDatabase, policy_size
+from kdbusfs.bus.shares import Budget
 
 I = ItemType  # noqa: E741
 A, B = "com.example.a", "com.example.b"
 USER, GROUP, WORLD = PolicyType
 SEE, TALK, OWN = PolicyAccess
 STRANGER = 2000
+
+
+MEMORY = Budget().memory
+
+
+def store(database: PolicyDatabase, owner: str, entries: Entries) -> None:
+    MEMORY.charge(0, policy_size(entries))
+    database.replace(owner, 0, entries)
 
 
 def world(level: int) -> bytes:
@@ -54,15 +63,15 @@ WHO = FakePeer(5, 6, groups=frozenset({7, 8})).who
 def test_the_best_line_of_the_closest_entry_answers(
     entries: dict[str, list[tuple[int, int, int]]], asked: str, answer: int
 ) -> None:
-    database = PolicyDatabase()
+    database = PolicyDatabase(MEMORY)
     lines = {n.encode(): [Line(*line) for line in found] for n, found in entries.items()}
-    database.replace("owner", lines)
+    store(database, "owner", lines)
     assert database.query(WHO, asked.encode()) == answer
 
 
 def test_users_and_groups_are_judged_by_their_effective_ids() -> None:
-    database = PolicyDatabase()
-    database.replace("owner", {b"a.b": [Line(USER, OWN, 5), Line(GROUP, TALK, 6)]})
+    database = PolicyDatabase(MEMORY)
+    store(database, "owner", {b"a.b": [Line(USER, OWN, 5), Line(GROUP, TALK, 6)]})
     assert database.query(replace(WHO, euid=1), b"a.b") == TALK
     assert database.query(replace(WHO, egid=1), b"a.b") == OWN
     assert database.query(replace(WHO, euid=1, egid=1, groups=frozenset()), b"a.b") == -1
@@ -70,14 +79,14 @@ def test_users_and_groups_are_judged_by_their_effective_ids() -> None:
 
 
 def test_a_set_of_entries_is_replaced_as_a_whole() -> None:
-    database = PolicyDatabase()
-    database.replace("one", {b"a.a": [], b"a.*": []})
-    database.replace("two", {b"b.b": []})
+    database = PolicyDatabase(MEMORY)
+    store(database, "one", {b"a.a": [], b"a.*": []})
+    store(database, "two", {b"b.b": []})
     with fails(EEXIST):
         database.check_owner("two", {b"c.c": [], b"a.a": []})
     assert sorted(database.names()) == [b"a.*", b"a.a", b"b.b"]
-    database.replace("one", {b"a.a": []})
-    database.replace("two", {b"a.*": []})
+    store(database, "one", {b"a.a": []})
+    store(database, "two", {b"a.*": []})
     database.remove("one")
     assert database.names() == [b"a.*"]
 

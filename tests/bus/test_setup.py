@@ -35,7 +35,7 @@ from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import Command, HelloFlag, ItemType, PolicyAccess, PolicyType
 from kdbusfs.bus.handle import HandleState
 from kdbusfs.bus.metadata import UserNamespace
-from kdbusfs.bus.quota import Shares
+from kdbusfs.bus.shares import Share
 
 I = ItemType  # noqa: E741
 ACTIVATOR, POLICY_HOLDER, MONITOR = (
@@ -363,9 +363,10 @@ def test_a_failed_hello_gives_its_pool_back(bus: Bus) -> None:
 # --- who pays for a connection
 
 
-def space_of(bus: Bus) -> Shares:
+def space_of(bus: Bus) -> Share:
     """Address space for 16 small pools, of which a user may have three."""
-    space = bus.domain.core.pool_space = Shares(16 * 4096, 3 * 4096)
+    space = bus.domain.core.budget.addresses
+    space.total, space.most = 16 * 4096, 3 * 4096
     return space
 
 

@@ -159,7 +159,7 @@ def peer(tid: int) -> Process:
 
 def left_open() -> tuple[list[str], dict[int, int]]:
     gc.collect()
-    shares = TABLE._shares
+    shares = TABLE._share
     return sorted(os.listdir("/proc/self/fd")), dict(shares._taken) if shares else {}
 
 
