@@ -105,6 +105,26 @@ static void conn_replace_pool(struct kdbus_conn *conn)
 		munmap(copy, conn->pool_size);
 }
 
+/* items of the bus, in a slice that is freed afterwards */
+static int conn_read_bloom(struct kdbus_conn *conn, uint64_t offset, uint64_t size)
+{
+	_cleanup_(freep) void *items = NULL;
+	const struct kdbus_item *item;
+
+	if (offset > conn->pool_size || size > conn->pool_size - offset)
+		return -EBADMSG;
+
+	items = malloc(size ?: 1);
+	if (!items)
+		return -ENOMEM;
+
+	copy_shared(items, conn->pool + offset, size);
+	item = kdbus_items_find(items, size, KDBUS_ITEM_BLOOM_PARAMETER);
+	if (item && kdbus_item_get_payload_size(item) == sizeof(conn->bloom))
+		conn->bloom = item->bloom_parameter;
+	return 0;
+}
+
 static int conn_hello(struct kdbus_conn *conn, const struct kdbus_conn_options *options)
 {
 	struct kdbus_cmd_hello head = {
@@ -114,7 +134,6 @@ static int conn_hello(struct kdbus_conn *conn, const struct kdbus_conn_options *
 		.pool_size = options->pool_size ?: KDBUS_POOL_SIZE_DEFAULT,
 	};
 	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
-	const struct kdbus_item *item;
 	struct kdbus_cmd_hello *cmd;
 	void *pool;
 	int r;
@@ -155,12 +174,9 @@ static int conn_hello(struct kdbus_conn *conn, const struct kdbus_conn_options *
 	conn->bus_flags = cmd->bus_flags;
 	memcpy(conn->bus_id, cmd->id128, sizeof(conn->bus_id));
 
-	if (cmd->offset > conn->pool_size || cmd->items_size > conn->pool_size - cmd->offset)
-		return -EBADMSG;
-	item = kdbus_items_find(conn->pool + cmd->offset, cmd->items_size,
-				KDBUS_ITEM_BLOOM_PARAMETER);
-	if (item && kdbus_item_get_payload_size(item) == sizeof(conn->bloom))
-		conn->bloom = item->bloom_parameter;
+	r = conn_read_bloom(conn, cmd->offset, cmd->items_size);
+	if (r < 0)
+		return r;
 
 	/* policy holders may not free */
 	r = kdbus_conn_free_slice(conn, cmd->offset);

@@ -44,7 +44,7 @@ static int info_list_new(struct kdbus_info_list **listp, struct kdbus_conn *conn
 	list = malloc(sizeof(*list) + size);
 	if (list) {
 		list->size = size;
-		memcpy(list->records, conn->pool + offset, size);
+		copy_shared(list->records, conn->pool + offset, size);
 	}
 	r = kdbus_conn_free_slice(conn, offset);
 	if (!list)

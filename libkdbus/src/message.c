@@ -5,6 +5,7 @@
 
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include "message.h"
 #include "util.h"
 
@@ -63,6 +64,7 @@ _public_ struct kdbus_message *kdbus_message_free(struct kdbus_message *message)
 	free(message->parts);
 	free(message->fds);
 	free(message->iov);
+	free(message->in);
 	free(message->copy);
 	free(message->fds_out);
 	kdbus_chain_deinit(&message->payload);
@@ -442,8 +444,8 @@ static void message_count(struct kdbus_message *message, const void *items, size
 	}
 }
 
-static int part_init(KdbusPart *part, const struct kdbus_msg *msg, size_t size,
-		     const struct kdbus_item *item)
+static int part_init(KdbusPart *part, const struct kdbus_item *item, const uint8_t *slice,
+		     size_t size)
 {
 	size_t n_payload = kdbus_item_get_payload_size(item);
 
@@ -468,22 +470,40 @@ static int part_init(KdbusPart *part, const struct kdbus_msg *msg, size_t size,
 	if (item->vec.offset > size || item->vec.size > size - item->vec.offset)
 		return -EBADMSG;
 	part->type = KDBUS_PART_DATA;
-	part->data = (const uint8_t *)msg + item->vec.offset;
+	part->data = slice + item->vec.offset;
+	return 0;
+}
+
+/* take head and items out of the slice, which others may write to */
+static int message_read(struct kdbus_message *message, const void *slice, size_t size)
+{
+	const volatile struct kdbus_msg *shared = slice;
+	uint64_t n;
+
+	if (size < sizeof(*shared))
+		return -EBADMSG;
+	n = shared->size;
+	if (n < sizeof(*shared) || n > size)
+		return -EBADMSG;
+
+	message->in = malloc(n);
+	if (!message->in)
+		return -ENOMEM;
+
+	copy_shared(message->in, slice, n);
+	message->in->size = n;
+	message->msg = message->in;
 	return 0;
 }
 
 /* look up parts and descriptors; even on failure all descriptors are noted */
-static int message_parse(struct kdbus_message *message, const struct kdbus_msg *msg, size_t size)
+static int message_parse(struct kdbus_message *message, const void *slice, size_t size)
 {
+	const struct kdbus_msg *msg = message->msg;
 	const struct kdbus_item *item = NULL;
-	size_t n_items, n_parts = 0, n_fds = 0;
+	size_t n_items = msg->size - sizeof(*msg), n_parts = 0, n_fds = 0;
 	int r = 0, k;
 
-	if (size < sizeof(*msg) || msg->size < sizeof(*msg) || msg->size > size)
-		return -EBADMSG;
-
-	n_items = msg->size - sizeof(*msg);
-	message->msg = msg;
 	message_count(message, msg->items, n_items);
 
 	if (message->n_parts) {
@@ -502,12 +522,13 @@ static int message_parse(struct kdbus_message *message, const struct kdbus_msg *
 		switch (item->type) {
 		case KDBUS_ITEM_PAYLOAD_MEMFD:
 		case KDBUS_ITEM_PAYLOAD_OFF:
-			k = part_init(&message->parts[n_parts++], msg, size, item);
+			k = part_init(&message->parts[n_parts++], item, slice, size);
 			r = r ?: k;
 			break;
 		case KDBUS_ITEM_FDS:
 			k = kdbus_item_get_payload_size(item) / sizeof(int);
-			memcpy(message->fds + n_fds, item->fds, k * sizeof(int));
+			if (k)
+				memcpy(message->fds + n_fds, item->fds, k * sizeof(int));
 			n_fds += k;
 			break;
 		}
@@ -572,6 +593,7 @@ int kdbus_message_new_from_slice(struct kdbus_message **messagep, struct kdbus_c
 {
 	_cleanup_(kdbus_message_freep) struct kdbus_message *message = NULL;
 	_cleanup_(kdbus_fd_packet_freep) KdbusFdPacket *packet = NULL;
+	const uint8_t *slice;
 	int r;
 
 	if (info->offset > conn->pool_size || info->msg_size > conn->pool_size - info->offset)
@@ -585,7 +607,10 @@ int kdbus_message_new_from_slice(struct kdbus_message **messagep, struct kdbus_c
 
 	kdbus_slice_link(&message->slice, conn, info->offset, info->msg_size);
 	message->incomplete = info->return_flags & KDBUS_RECV_RETURN_INCOMPLETE_FDS;
-	r = message_parse(message, (const void *)(conn->pool + info->offset), info->msg_size);
+	slice = conn->pool + info->offset;
+	r = message_read(message, slice, info->msg_size);
+	if (r == 0)
+		r = message_parse(message, slice, info->msg_size);
 
 	if (conn->fd_socket.fd >= 0 && (message->n_fds || message->n_memfds)) {
 		packet = kdbus_fd_socket_take(&conn->fd_socket, info->offset);
@@ -626,7 +651,6 @@ static void forget_fds(struct kdbus_msg *msg)
 int kdbus_message_new_from_copy(struct kdbus_message **messagep, void *copy, size_t size)
 {
 	_cleanup_(kdbus_message_freep) struct kdbus_message *message = NULL;
-	struct kdbus_msg *msg = copy;
 	int r;
 
 	message = calloc(1, sizeof(*message));
@@ -636,9 +660,11 @@ int kdbus_message_new_from_copy(struct kdbus_message **messagep, void *copy, siz
 	}
 	message->copy = copy;
 
-	if (size >= sizeof(*msg) && msg->size >= sizeof(*msg) && msg->size <= size)
-		forget_fds(msg);
-	r = message_parse(message, msg, size);
+	r = message_read(message, copy, size);
+	if (r < 0)
+		return r;
+	forget_fds(message->in);
+	r = message_parse(message, copy, size);
 	if (r < 0)
 		return r;
 
@@ -800,18 +826,34 @@ _public_ uint64_t kdbus_message_get_part_size(const struct kdbus_message *messag
 	return part < message->n_parts ? message->parts[part].size : 0;
 }
 
+/* what lies beyond the end of a file can be mapped, but not be read */
+static int part_check_memfd(const KdbusPart *part)
+{
+	struct stat st;
+
+	if (part->fd < 0)
+		return -EBADF;
+	if (fstat(part->fd, &st) < 0)
+		return -errno;
+	if (part->start > (uint64_t)st.st_size || part->size > st.st_size - part->start)
+		return -EBADMSG;
+	return 0;
+}
+
 /* have the memory of a part at part->data */
 static int part_map(KdbusPart *part)
 {
 	uint64_t skip = 0, size;
 	void *map;
+	int r;
 
 	if (part->data)
 		return 0;
 
 	if (part->type == KDBUS_PART_MEMFD) {
-		if (part->fd < 0)
-			return -EBADF;
+		r = part_check_memfd(part);
+		if (r < 0)
+			return r;
 		skip = part->start % sysconf(_SC_PAGESIZE);
 	}
 
@@ -840,7 +882,8 @@ static int part_map(KdbusPart *part)
  * A memfd is mapped the first time.
  *
  * Return: 0 on success, -ERANGE if there is no such part, -EBADF if its memfd
- *         did not arrive or was taken, the errno of mmap(2).
+ *         did not arrive or was taken, -EBADMSG if there is less in it than the
+ *         message says, the errno of fstat(2) and mmap(2).
  */
 _public_ int kdbus_message_get_part(struct kdbus_message *message, size_t part,
 				    const void **datap, size_t *sizep)

@@ -6,9 +6,12 @@
  *
  * One struct for both ways. While a message is being built, msg is its own head
  * and the rest is collected apart; kdbus_message_build() puts it together for
- * sending. A received message points into the pool or, if it was peeked at, to a
- * copy; parts and descriptors have been looked up once, memory of memfds is
- * mapped when someone asks for it.
+ * sending. Of a received message, head and items are copied once, and all that is
+ * ever judged or told is that copy: others may be able to write into the pool (on
+ * FUSE, whoever shares the descriptor can map it for writing). Data of the payload
+ * stays in the pool or, if the message was peeked at, in a copy of the slice.
+ * Parts and descriptors have been looked up once, memory of memfds is mapped when
+ * someone asks for it.
  */
 
 #include "connection.h"
@@ -45,6 +48,7 @@ struct kdbus_message {
 
 	/* received */
 	KdbusSlice slice;
+	struct kdbus_msg *in;
 	void *copy;
 	KdbusPart *parts;
 	size_t n_parts;

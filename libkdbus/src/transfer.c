@@ -175,7 +175,7 @@ static int conn_peek_message(struct kdbus_conn *conn, uint64_t flags, int64_t pr
 		} else {
 			copy = malloc(info.msg_size);
 			if (copy)
-				memcpy(copy, conn->pool + info.offset, info.msg_size);
+				copy_shared(copy, conn->pool + info.offset, info.msg_size);
 			/* this frees nothing: the message keeps its slice */
 			kdbus_conn_free_slice(conn, info.offset);
 			r = copy ? 0 : -ENOMEM;

@@ -2,13 +2,14 @@
 #pragma once
 
 /*
- * What every file here needs: scopes that clean up, alignment, ioctl()
+ * What every file here needs: scopes that clean up, alignment, copies, ioctl()
  */
 
 #include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -39,6 +40,15 @@ static inline void closep(int *fdp)
 static inline void freep(void *p)
 {
 	free(*(void **)p);
+}
+
+/* memcpy() from memory that others may write to, such as a pool. It is read here
+ * and never again: no compiler may take what it knows of one for the other.
+ */
+static inline void copy_shared(void *to, const void *from, size_t size)
+{
+	memcpy(to, from, size);
+	__asm__ volatile("" : : : "memory");
 }
 
 /* A node, close-on-exec: for reading only where it is mounted read-only, as a

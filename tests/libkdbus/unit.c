@@ -346,6 +346,112 @@ static void test_receive_installed(void)
 	assert(!conn->slices);
 }
 
+/* all that was told of a message, once more after others wrote into the pool */
+static void test_pool_is_read_once(void)
+{
+	_cleanup_(kdbus_conn_freep) struct kdbus_conn *conn = conn_new_fake(NULL);
+	_cleanup_(kdbus_message_freep) struct kdbus_message *message = NULL;
+	int fds[2] = { open_null(), open_null() }, memfd = make_memfd(), fd;
+	struct kdbus_msg_info info = put_message(conn, 64, fds, memfd);
+	const struct kdbus_item *item = NULL;
+	size_t n_items = 0;
+
+	assert(kdbus_message_new_from_slice(&message, conn, &info) == 0);
+	memset(conn->pool, 0xff, 64 + info.msg_size - 8);
+
+	while ((item = kdbus_message_next_item(message, item)))
+		++n_items;
+	assert(n_items == 5);
+	assert(kdbus_message_get_src_id(message) == 7 && kdbus_message_get_cookie(message) == 9);
+	assert(kdbus_message_get_deadline(message) == 0);
+	assert(!strcmp(kdbus_message_get_dst_name(message), "a.b"));
+	assert(kdbus_message_get_fd(message, 0, &fd) == 0 && fd == fds[0]);
+	check_parts(message);
+}
+
+struct writer {
+	struct kdbus_msg *msg;
+	_Atomic uint64_t n_rounds;
+	_Atomic bool stop;
+};
+
+/* a hundred descriptors, nonsense, too much of it: in turn, as fast as possible */
+static void *write_all_the_time(void *userdata)
+{
+	struct writer *writer = userdata;
+	volatile struct kdbus_msg *msg = writer->msg;
+	volatile struct kdbus_item *item = msg->items;
+	uint64_t size = msg->size, item_size = item->size;
+
+	while (!writer->stop) {
+		item->type = KDBUS_ITEM_PAYLOAD_OFF;
+		item->size = 32;
+		msg->size = UINT64_MAX;
+		item->size = 3;
+		msg->size = size;
+		item->size = item_size;
+		item->type = KDBUS_ITEM_FDS;
+		++writer->n_rounds;
+	}
+	return NULL;
+}
+
+static void test_pool_that_changes(void)
+{
+	_cleanup_(kdbus_conn_freep) struct kdbus_conn *conn = conn_new_fake(NULL);
+	struct kdbus_message *message = NULL;
+	struct writer writer = { .msg = (void *)conn->pool };
+	struct kdbus_item *fds = writer.msg->items;
+	uint64_t n_good = 0, n_bad = 0;
+	const struct kdbus_item *item;
+	struct kdbus_msg_info info;
+	pthread_t thread;
+
+	/* numbers of descriptors that nobody has: they are closed each time */
+	fds->size = offsetof(struct kdbus_item, data) + 100 * sizeof(int);
+	memset(fds->fds, 0xff, 100 * sizeof(int));
+	fds->type = KDBUS_ITEM_FDS;
+	writer.msg->size = sizeof(*writer.msg) + fds->size;
+	info = (struct kdbus_msg_info){ .msg_size = writer.msg->size };
+
+	assert(pthread_create(&thread, NULL, write_all_the_time, &writer) == 0);
+	while (n_good < 1000 || n_bad < 1000 || writer.n_rounds < 100000) {
+		if (kdbus_message_new_from_slice(&message, conn, &info) < 0) {
+			++n_bad;
+			continue;
+		}
+		item = NULL;
+		while ((item = kdbus_message_next_item(message, item)))
+			assert(item->size >= 16 && item->size <= info.msg_size);
+		message = kdbus_message_free(message);
+		++n_good;
+	}
+	writer.stop = true;
+	assert(pthread_join(thread, NULL) == 0);
+}
+
+static void test_memfd_that_is_too_short(void)
+{
+	_cleanup_(kdbus_conn_freep) struct kdbus_conn *conn = conn_new_fake(NULL);
+	_cleanup_(kdbus_message_freep) struct kdbus_message *message = NULL;
+	struct kdbus_msg_info info = put_message(conn, 0, (int[]){ -1, -1 }, make_memfd());
+	struct kdbus_item *piece = (void *)(conn->pool + sizeof(struct kdbus_msg) + 2 * 32);
+	const uint64_t bad[][2] = { { 8192, 1 }, { 4097, 4096 }, { 9000, 1 }, { 1, UINT64_MAX } };
+	const void *data;
+	int memfd = piece->memfd.fd;
+
+	assert(piece->type == KDBUS_ITEM_PAYLOAD_MEMFD);
+	for (size_t i = 0; i < sizeof(bad) / sizeof(*bad); ++i) {
+		piece->memfd.fd = dup(memfd);
+		piece->memfd.start = bad[i][0];
+		piece->memfd.size = bad[i][1];
+		assert(kdbus_message_new_from_slice(&message, conn, &info) == 0);
+		assert(kdbus_message_get_part(message, 2, &data, NULL) == -EBADMSG);
+		message = kdbus_message_free(message);
+	}
+	close(memfd);
+}
+
 static void test_receive_by_socket(void)
 {
 	struct kdbus_message *first = NULL, *second = NULL;
@@ -440,6 +546,20 @@ static void test_receive_withheld(void)
 	assert(kdbus_message_new_from_slice(&message, conn, &info) == 0);
 	assert(kdbus_message_is_incomplete(message));
 	assert(kdbus_message_get_part(message, 2, &(const void *){ NULL }, NULL) == -EBADF);
+}
+
+static void test_receive_no_descriptors(void)
+{
+	_cleanup_(kdbus_conn_freep) struct kdbus_conn *conn = conn_new_fake(NULL);
+	_cleanup_(kdbus_message_freep) struct kdbus_message *message = NULL;
+	struct kdbus_msg *msg = (void *)conn->pool;
+
+	msg->items[0].type = KDBUS_ITEM_FDS;
+	msg->items[0].size = 16;
+	msg->size = sizeof(*msg) + 16;
+	assert(kdbus_message_new_from_slice(&message, conn, &(struct kdbus_msg_info){
+		.msg_size = sizeof(*msg) + 16 }) == 0);
+	assert(kdbus_message_get_n_fds(message) == 0);
 }
 
 static void test_receive_nonsense(void)
@@ -571,9 +691,13 @@ int main(void)
 	test_typed_items();
 	test_build();
 	test_receive_installed();
+	test_pool_is_read_once();
+	test_pool_that_changes();
+	test_memfd_that_is_too_short();
 	test_receive_by_socket();
 	test_receive_by_socket_lost();
 	test_receive_withheld();
+	test_receive_no_descriptors();
 	test_receive_nonsense();
 	test_peek();
 	test_notification();
