@@ -85,7 +85,8 @@ _public_ int kdbus_bus_new(struct kdbus_bus **busp, const char *root, const char
  * kdbus_bus_free() - end a bus
  * @bus:	bus to end, or NULL
  *
- * Its connections are disconnected.
+ * Its connections are disconnected. In a process that was forked from the one
+ * that made it, the bus lives on until the last of them has ended it.
  *
  * Return: NULL.
  */

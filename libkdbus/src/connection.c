@@ -14,17 +14,36 @@
 #include "util.h"
 
 /**
+ * kdbus_conn_ioctl() - have a connection do something
+ * @conn:	connection to use
+ * @code:	KDBUS_CMD_*
+ * @cmd:	its struct
+ *
+ * Return: 0 on success, -ECHILD if another process made @conn, the errno of the
+ *         command.
+ */
+int kdbus_conn_ioctl(const struct kdbus_conn *conn, unsigned long code, void *cmd)
+{
+	int r;
+
+	r = kdbus_owner_check(&conn->owner);
+	if (r < 0)
+		return r;
+	return kdbus_ioctl(conn->fd, code, cmd);
+}
+
+/**
  * kdbus_conn_free_slice() - give a slice back
  * @conn:	connection to use
  * @offset:	where the slice starts
  *
- * Return: 0 on success, -ENXIO if there is none.
+ * Return: 0 on success, -ENXIO if there is none, -ECHILD.
  */
 int kdbus_conn_free_slice(struct kdbus_conn *conn, uint64_t offset)
 {
 	struct kdbus_cmd_free cmd = { .size = sizeof(cmd), .offset = offset };
 
-	return kdbus_ioctl(conn->fd, KDBUS_CMD_FREE, &cmd);
+	return kdbus_conn_ioctl(conn, KDBUS_CMD_FREE, &cmd);
 }
 
 /**
@@ -37,6 +56,7 @@ int kdbus_conn_free_slice(struct kdbus_conn *conn, uint64_t offset)
 void kdbus_slice_link(KdbusSlice *slice, struct kdbus_conn *conn, uint64_t offset, uint64_t size)
 {
 	*slice = (KdbusSlice){ .conn = conn, .offset = offset, .size = size };
+	atomic_fetch_add(&conn->n_refs, 1);
 
 	pthread_mutex_lock(&conn->slice_lock);
 	slice->next = conn->slices;
@@ -46,28 +66,31 @@ void kdbus_slice_link(KdbusSlice *slice, struct kdbus_conn *conn, uint64_t offse
 	pthread_mutex_unlock(&conn->slice_lock);
 }
 
-static void conn_release(struct kdbus_conn *conn)
+static void conn_unmap(struct kdbus_conn *conn)
 {
 	if (conn->pool)
 		munmap(conn->pool, conn->pool_size);
-	pthread_mutex_destroy(&conn->slice_lock);
-	pthread_rwlock_destroy(&conn->queue_lock);
+	conn->pool = NULL;
+}
+
+static void conn_unref(struct kdbus_conn *conn)
+{
+	if (atomic_fetch_sub(&conn->n_refs, 1) > 1)
+		return;
+
+	conn_unmap(conn);
+	if (kdbus_owner_check(&conn->owner) == 0) {
+		pthread_mutex_destroy(&conn->slice_lock);
+		pthread_rwlock_destroy(&conn->queue_lock);
+	}
+	kdbus_owner_deinit(&conn->owner);
 	free(conn);
 }
 
-/**
- * kdbus_slice_unlink() - give back a slice that was in use
- * @slice:	slice to give back; one that was never linked is fine
- *
- * Where it was the last one of a freed connection, that goes too.
- */
-void kdbus_slice_unlink(KdbusSlice *slice)
+static void slice_give_back(KdbusSlice *slice)
 {
 	struct kdbus_conn *conn = slice->conn;
-	bool closed, last;
-
-	if (!conn)
-		return;
+	bool closed;
 
 	pthread_mutex_lock(&conn->slice_lock);
 	if (slice->previous)
@@ -77,14 +100,30 @@ void kdbus_slice_unlink(KdbusSlice *slice)
 	if (slice->next)
 		slice->next->previous = slice->previous;
 	closed = conn->closed;
-	last = !conn->slices;
 	pthread_mutex_unlock(&conn->slice_lock);
 
-	slice->conn = NULL;
 	if (!closed)
 		kdbus_conn_free_slice(conn, slice->offset);
-	else if (last)
-		conn_release(conn);
+}
+
+/**
+ * kdbus_slice_unlink() - give back a slice that was in use
+ * @slice:	slice to give back; one that was never linked is fine
+ *
+ * Only its owner gives it back. Where it was the last one of a freed connection,
+ * that goes too.
+ */
+void kdbus_slice_unlink(KdbusSlice *slice)
+{
+	struct kdbus_conn *conn = slice->conn;
+
+	if (!conn)
+		return;
+
+	if (kdbus_owner_check(&conn->owner) == 0)
+		slice_give_back(slice);
+	slice->conn = NULL;
+	conn_unref(conn);
 }
 
 /* put a private copy of the slices that are in use at the place of the pool */
@@ -207,11 +246,14 @@ _public_ int kdbus_conn_new_from_fd(struct kdbus_conn **connp, int fd,
 	conn->fd_socket = (KdbusFdSocket)KDBUS_FD_SOCKET_INIT;
 	pthread_mutex_init(&conn->slice_lock, NULL);
 	pthread_rwlock_init(&conn->queue_lock, NULL);
+	conn->n_refs = 1;
 
-	r = conn_hello(conn, options ?: &defaults);
+	r = kdbus_owner_init(&conn->owner);
+	if (r >= 0)
+		r = conn_hello(conn, options ?: &defaults);
 	if (r < 0) {
 		kdbus_fd_socket_deinit(&conn->fd_socket);
-		conn_release(conn);
+		conn_unref(conn);
 		return r;
 	}
 
@@ -249,6 +291,16 @@ _public_ int kdbus_conn_new(struct kdbus_conn **connp, const char *path,
 	return 0;
 }
 
+/* messages are to outlive the pool */
+static void conn_keep_slices(struct kdbus_conn *conn)
+{
+	pthread_mutex_lock(&conn->slice_lock);
+	if (conn->slices)
+		conn_replace_pool(conn);
+	conn->closed = true;
+	pthread_mutex_unlock(&conn->slice_lock);
+}
+
 /**
  * kdbus_conn_free() - disconnect
  * @conn:	connection to end, or NULL
@@ -256,32 +308,26 @@ _public_ int kdbus_conn_new(struct kdbus_conn **connp, const char *path,
  * Messages in the queue are lost, see kdbus_conn_byebye(). Messages received
  * stay as they are, and are still to be freed. No other call may be going on.
  *
+ * In a process that was forked from the one that made it, this gives back memory
+ * and descriptors of that process alone, and the connection lives on. The last
+ * process that has a copy of it disconnects: by this, by execve() or by its end.
+ *
  * Return: NULL.
  */
 _public_ struct kdbus_conn *kdbus_conn_free(struct kdbus_conn *conn)
 {
-	bool last;
-
 	if (!conn)
 		return NULL;
 
 	kdbus_fd_socket_deinit(&conn->fd_socket);
-
-	pthread_mutex_lock(&conn->slice_lock);
-	last = !conn->slices;
-	if (!last)
-		conn_replace_pool(conn);
-	conn->closed = true;
-	pthread_mutex_unlock(&conn->slice_lock);
+	if (kdbus_owner_check(&conn->owner) == 0)
+		conn_keep_slices(conn);
 
 	/* the mapping goes first: it holds the file, see connection.h */
-	if (last && conn->pool) {
-		munmap(conn->pool, conn->pool_size);
-		conn->pool = NULL;
-	}
+	if (conn->n_refs == 1)
+		conn_unmap(conn);
 	conn->fd = safe_close(conn->fd);
-	if (last)
-		conn_release(conn);
+	conn_unref(conn);
 	return NULL;
 }
 
@@ -296,7 +342,7 @@ _public_ int kdbus_conn_byebye(struct kdbus_conn *conn)
 {
 	struct kdbus_cmd cmd = { .size = sizeof(cmd) };
 
-	return kdbus_ioctl(conn->fd, KDBUS_CMD_BYEBYE, &cmd);
+	return kdbus_conn_ioctl(conn, KDBUS_CMD_BYEBYE, &cmd);
 }
 
 /**
@@ -330,7 +376,7 @@ _public_ int kdbus_conn_update(struct kdbus_conn *conn, const uint64_t *attach_f
 
 	cmd = (void *)chain.data;
 	cmd->size = chain.size;
-	return kdbus_ioctl(conn->fd, KDBUS_CMD_UPDATE, cmd);
+	return kdbus_conn_ioctl(conn, KDBUS_CMD_UPDATE, cmd);
 }
 
 /**
@@ -350,6 +396,10 @@ _public_ int kdbus_conn_wait(struct kdbus_conn *conn, uint64_t deadline)
 	struct timespec timeout = {};
 	uint64_t now;
 	int r;
+
+	r = kdbus_owner_check(&conn->owner);
+	if (r < 0)
+		return r;
 
 	now = deadline ? kdbus_now() : 0;
 	if (deadline > now) {

@@ -9,12 +9,19 @@
  * of its pool, and the last message takes the memory away with it. For on FUSE a
  * mapping keeps the file open; as long as it is there close() would not
  * disconnect.
+ *
+ * Connection and slices hold a reference each on what is in memory. In a process
+ * that was forked from the owner that is all that is kept in order: it may have
+ * been forked while another thread held a lock, which nobody will ever release
+ * there, and was half-way through a change. So neither the locks nor the list of
+ * slices are touched there.
  */
 
 #include <kdbus/kdbus.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include "fd_socket.h"
+#include "owner.h"
 
 typedef struct KdbusSlice KdbusSlice;
 
@@ -37,6 +44,9 @@ struct kdbus_conn {
 	uint8_t *pool;
 	uint64_t pool_size;
 
+	KdbusOwner owner;
+	_Atomic size_t n_refs;
+
 	_Atomic uint64_t cookie;
 	_Atomic uint64_t n_lost;
 	KdbusFdSocket fd_socket;
@@ -50,6 +60,7 @@ struct kdbus_conn {
 	bool closed;
 };
 
+int kdbus_conn_ioctl(const struct kdbus_conn *conn, unsigned long code, void *cmd);
 int kdbus_conn_free_slice(struct kdbus_conn *conn, uint64_t offset);
 
 void kdbus_slice_link(KdbusSlice *slice, struct kdbus_conn *conn, uint64_t offset, uint64_t size);

@@ -8,11 +8,13 @@
 #include <stdio.h>
 #include <string.h>
 #include "item.h"
+#include "owner.h"
 #include "policy.h"
 #include "util.h"
 
 struct kdbus_endpoint {
 	int fd;
+	KdbusOwner owner;
 	char *path;
 };
 
@@ -46,6 +48,10 @@ _public_ int kdbus_endpoint_new(struct kdbus_endpoint **endpointp, const char *b
 		return -ENOMEM;
 	endpoint->fd = -1;
 
+	r = kdbus_owner_init(&endpoint->owner);
+	if (r < 0)
+		return r;
+
 	if (asprintf(&endpoint->path, "%.*s%s", n_directory, bus_path, name) < 0) {
 		endpoint->path = NULL;
 		return -ENOMEM;
@@ -75,7 +81,8 @@ _public_ int kdbus_endpoint_new(struct kdbus_endpoint **endpointp, const char *b
  * kdbus_endpoint_free() - end a custom endpoint
  * @endpoint:	endpoint to end, or NULL
  *
- * Its connections are disconnected.
+ * Its connections are disconnected. In a process that was forked from the one
+ * that made it, the endpoint lives on until the last of them has ended it.
  *
  * Return: NULL.
  */
@@ -85,6 +92,7 @@ _public_ struct kdbus_endpoint *kdbus_endpoint_free(struct kdbus_endpoint *endpo
 		return NULL;
 
 	safe_close(endpoint->fd);
+	kdbus_owner_deinit(&endpoint->owner);
 	free(endpoint->path);
 	free(endpoint);
 	return NULL;
@@ -118,7 +126,8 @@ _public_ int kdbus_endpoint_get_fd(const struct kdbus_endpoint *endpoint)
  * @policy:	what connections on it may do, or NULL for nothing
  *
  * Return: 0 on success, -EINVAL if a name or an access is bad, -EEXIST if a
- *         name is in it twice, -ESHUTDOWN if the endpoint is gone, -ENOMEM.
+ *         name is in it twice, -ESHUTDOWN if the endpoint is gone, -ECHILD if
+ *         another process made it, -ENOMEM.
  */
 _public_ int kdbus_endpoint_update(struct kdbus_endpoint *endpoint,
 				   const struct kdbus_policy *policy)
@@ -127,7 +136,8 @@ _public_ int kdbus_endpoint_update(struct kdbus_endpoint *endpoint,
 	struct kdbus_cmd *cmd;
 	int r;
 
-	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){}, sizeof(*cmd))) < 0 ||
+	if ((r = kdbus_owner_check(&endpoint->owner)) < 0 ||
+	    (r = kdbus_chain_init(&chain, &(struct kdbus_cmd){}, sizeof(*cmd))) < 0 ||
 	    (policy && (r = kdbus_chain_append_items(&chain, &policy->items)) < 0))
 		return r;
 

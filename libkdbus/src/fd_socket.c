@@ -61,17 +61,23 @@ void kdbus_fd_socket_connect(KdbusFdSocket *fd_socket, int conn_fd)
 /**
  * kdbus_fd_socket_deinit() - end a socket
  * @fd_socket:	socket to end; descriptors nobody asked for are closed
+ *
+ * Nobody else may use it. A lock that is held nevertheless was copied by fork()
+ * from a thread that is not here. What it was about to change is left alone.
  */
 void kdbus_fd_socket_deinit(KdbusFdSocket *fd_socket)
 {
 	KdbusFdPacket *packet;
 
-	while ((packet = fd_socket->packets)) {
-		fd_socket->packets = packet->next;
-		kdbus_fd_packet_free(packet);
+	if (pthread_mutex_trylock(&fd_socket->lock) == 0) {
+		while ((packet = fd_socket->packets)) {
+			fd_socket->packets = packet->next;
+			kdbus_fd_packet_free(packet);
+		}
+		pthread_mutex_unlock(&fd_socket->lock);
+		pthread_mutex_destroy(&fd_socket->lock);
 	}
 	fd_socket->fd = safe_close(fd_socket->fd);
-	pthread_mutex_destroy(&fd_socket->lock);
 }
 
 static KdbusFdPacket *packet_new(const struct kdbusfs_fd_packet_lost *data, struct msghdr *msg)

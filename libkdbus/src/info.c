@@ -76,7 +76,7 @@ _public_ int kdbus_conn_list(struct kdbus_conn *conn, uint64_t flags,
 	struct kdbus_cmd_list cmd = { .size = sizeof(cmd), .flags = flags };
 	int r;
 
-	r = kdbus_ioctl(conn->fd, KDBUS_CMD_LIST, &cmd);
+	r = kdbus_conn_ioctl(conn, KDBUS_CMD_LIST, &cmd);
 	if (r < 0)
 		return r;
 
@@ -108,7 +108,7 @@ _public_ int kdbus_conn_info(struct kdbus_conn *conn, uint64_t id, const char *n
 
 	cmd = (void *)chain.data;
 	cmd->size = chain.size;
-	r = kdbus_ioctl(conn->fd, KDBUS_CMD_CONN_INFO, cmd);
+	r = kdbus_conn_ioctl(conn, KDBUS_CMD_CONN_INFO, cmd);
 	if (r < 0)
 		return r;
 
@@ -130,7 +130,7 @@ _public_ int kdbus_conn_creator_info(struct kdbus_conn *conn, uint64_t attach_fl
 	struct kdbus_cmd_info cmd = { .size = sizeof(cmd), .attach_flags = attach_flags };
 	int r;
 
-	r = kdbus_ioctl(conn->fd, KDBUS_CMD_BUS_CREATOR_INFO, &cmd);
+	r = kdbus_conn_ioctl(conn, KDBUS_CMD_BUS_CREATOR_INFO, &cmd);
 	if (r < 0)
 		return r;
 

@@ -167,7 +167,7 @@ _public_ int kdbus_conn_add_match(struct kdbus_conn *conn, uint64_t cookie, uint
 
 	cmd = (void *)chain.data;
 	cmd->size = chain.size;
-	return kdbus_ioctl(conn->fd, KDBUS_CMD_MATCH_ADD, cmd);
+	return kdbus_conn_ioctl(conn, KDBUS_CMD_MATCH_ADD, cmd);
 }
 
 /**
@@ -181,5 +181,5 @@ _public_ int kdbus_conn_remove_matches(struct kdbus_conn *conn, uint64_t cookie)
 {
 	struct kdbus_cmd_match cmd = { .size = sizeof(cmd), .cookie = cookie };
 
-	return kdbus_ioctl(conn->fd, KDBUS_CMD_MATCH_REMOVE, &cmd);
+	return kdbus_conn_ioctl(conn, KDBUS_CMD_MATCH_REMOVE, &cmd);
 }

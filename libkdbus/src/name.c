@@ -21,7 +21,7 @@ static int name_command(struct kdbus_conn *conn, unsigned long code, const char 
 
 	cmd = (void *)chain.data;
 	cmd->size = chain.size;
-	r = kdbus_ioctl(conn->fd, code, cmd);
+	r = kdbus_conn_ioctl(conn, code, cmd);
 	if (r < 0)
 		return r;
 

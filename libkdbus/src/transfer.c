@@ -25,7 +25,7 @@ static int conn_send(struct kdbus_conn *conn, SendCommand *send, struct kdbus_ms
 	unsigned long code = conn->fd_socket.fd >= 0 ? KDBUSFS_CMD_SEND : KDBUS_CMD_SEND;
 
 	send->cmd.msg_address = (uintptr_t)msg;
-	return kdbus_ioctl(conn->fd, code, send);
+	return kdbus_conn_ioctl(conn, code, send);
 }
 
 static void message_number(struct kdbus_message *message, struct kdbus_conn *conn)
@@ -128,14 +128,27 @@ _public_ int kdbus_conn_reply(struct kdbus_conn *conn, const struct kdbus_messag
 	return kdbus_conn_send(conn, reply);
 }
 
+/* @lock the queue; another process's lock may be held for ever, and is not tried */
+static int conn_lock_queue(struct kdbus_conn *conn, int (*lock)(pthread_rwlock_t *))
+{
+	int r;
+
+	r = kdbus_owner_check(&conn->owner);
+	if (r < 0)
+		return r;
+
+	lock(&conn->queue_lock);
+	return 0;
+}
+
 static int conn_recv(struct kdbus_conn *conn, uint64_t flags, int64_t priority,
 		     struct kdbus_msg_info *infop)
 {
 	struct kdbus_cmd_recv cmd = { .size = sizeof(cmd), .flags = flags, .priority = priority };
 	int r;
 
-	r = kdbus_ioctl(conn->fd,
-			conn->fd_socket.fd >= 0 ? KDBUSFS_CMD_RECV : KDBUS_CMD_RECV, &cmd);
+	r = kdbus_conn_ioctl(conn, conn->fd_socket.fd >= 0 ? KDBUSFS_CMD_RECV : KDBUS_CMD_RECV,
+			     &cmd);
 	if ((r == 0 || r == -EAGAIN) && cmd.return_flags & KDBUS_RECV_RETURN_DROPPED_MSGS)
 		atomic_fetch_add(&conn->n_lost, cmd.dropped_msgs);
 	if (r < 0)
@@ -151,7 +164,10 @@ static int conn_recv_message(struct kdbus_conn *conn, uint64_t flags, int64_t pr
 	struct kdbus_msg_info info;
 	int r;
 
-	pthread_rwlock_rdlock(&conn->queue_lock);
+	r = conn_lock_queue(conn, pthread_rwlock_rdlock);
+	if (r < 0)
+		return r;
+
 	r = conn_recv(conn, flags, priority, &info);
 	pthread_rwlock_unlock(&conn->queue_lock);
 	if (r < 0)
@@ -166,7 +182,10 @@ static int conn_peek_message(struct kdbus_conn *conn, uint64_t flags, int64_t pr
 	void *copy = NULL;
 	int r;
 
-	pthread_rwlock_wrlock(&conn->queue_lock);
+	r = conn_lock_queue(conn, pthread_rwlock_wrlock);
+	if (r < 0)
+		return r;
+
 	r = conn_recv(conn, KDBUS_RECV_PEEK | flags, priority, &info);
 	if (r == 0) {
 		if (info.offset > conn->pool_size ||
@@ -253,7 +272,10 @@ _public_ int kdbus_conn_drop(struct kdbus_conn *conn)
 	struct kdbus_msg_info info;
 	int r;
 
-	pthread_rwlock_rdlock(&conn->queue_lock);
+	r = conn_lock_queue(conn, pthread_rwlock_rdlock);
+	if (r < 0)
+		return r;
+
 	r = conn_recv(conn, KDBUS_RECV_DROP, 0, &info);
 	pthread_rwlock_unlock(&conn->queue_lock);
 	return r;
@@ -266,9 +288,12 @@ _public_ int kdbus_conn_drop(struct kdbus_conn *conn)
  * The bus counts signals and notifications that did not fit in the pool, and
  * tells with the next message, or with its absence: -EAGAIN.
  *
- * Return: How many were reported since this was called last.
+ * Return: How many were reported since this was called last; 0 in a process that
+ *         was forked from the one that made @conn.
  */
 _public_ uint64_t kdbus_conn_take_lost(struct kdbus_conn *conn)
 {
+	if (kdbus_owner_check(&conn->owner) < 0)
+		return 0;
 	return atomic_exchange(&conn->n_lost, 0);
 }

@@ -22,6 +22,7 @@
 #include <sys/eventfd.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define _cleanup_(_x) __attribute__((__cleanup__(_x)))
@@ -722,6 +723,140 @@ static void test_end(void)
 	kdbus_message_free(out);
 }
 
+/* run in a child, which has to come to a good end */
+static void in_child(void (*function)(void *userdata), void *userdata)
+{
+	int status;
+	pid_t pid;
+
+	pid = fork();
+	assert(pid >= 0);
+	if (pid == 0) {
+		/* what hangs is to be seen as a signal, not as patience */
+		alarm(PATIENCE / SECOND);
+		function(userdata);
+		_exit(EXIT_SUCCESS);
+	}
+	assert(waitpid(pid, &status, 0) == pid);
+	assert(status == 0);
+}
+
+struct family {
+	struct kdbus_conn *a, *b;
+	struct kdbus_endpoint *endpoint;
+	struct kdbus_message *in, *out;
+};
+
+/* all that would change what belongs to the parent */
+static void child_tries(void *userdata)
+{
+	struct family *family = userdata;
+	struct kdbus_conn *conn = family->b;
+	struct kdbus_info_list *list;
+	struct kdbus_message *in;
+	uint64_t none = 0;
+
+	assert(kdbus_conn_send(conn, family->out) == -ECHILD);
+	assert(kdbus_conn_call(conn, family->out, 0, -1, &in) == -ECHILD);
+	assert(kdbus_conn_reply(conn, family->in, family->out) == -ECHILD);
+	assert(kdbus_conn_wait(conn, 0) == -ECHILD);
+	assert(kdbus_conn_recv(conn, &in) == -ECHILD);
+	assert(kdbus_conn_recv_priority(conn, 0, &in) == -ECHILD);
+	assert(kdbus_conn_peek(conn, &in) == -ECHILD);
+	assert(kdbus_conn_peek_priority(conn, 0, &in) == -ECHILD);
+	assert(kdbus_conn_drop(conn) == -ECHILD);
+	assert(kdbus_conn_take_lost(conn) == 0);
+	assert(kdbus_conn_acquire_name(conn, "com.example.c", 0, NULL) == -ECHILD);
+	assert(kdbus_conn_release_name(conn, "com.example.f") == -ECHILD);
+	assert(kdbus_conn_list(conn, KDBUS_LIST_UNIQUE, &list) == -ECHILD);
+	assert(kdbus_conn_info(conn, 1, NULL, 0, &list) == -ECHILD);
+	assert(kdbus_conn_creator_info(conn, 0, &list) == -ECHILD);
+	assert(kdbus_conn_add_match(conn, 1, 0, NULL) == -ECHILD);
+	assert(kdbus_conn_remove_matches(conn, 0) == -ECHILD);
+	assert(kdbus_conn_update(conn, &none, &none, NULL) == -ECHILD);
+	assert(kdbus_conn_byebye(conn) == -ECHILD);
+	assert(kdbus_endpoint_update(family->endpoint, NULL) == -ECHILD);
+
+	/* what is known can be told, and what was received be read */
+	assert(kdbus_conn_get_id(conn) > 0 && kdbus_conn_get_fd(conn) >= 0);
+	check_text(family->in, "kept");
+}
+
+static void child_tidies_up(void *userdata)
+{
+	struct family *family = userdata;
+	size_t n_open = count_fds();
+
+	kdbus_conn_free(family->b);
+	check_text(family->in, "kept");
+	kdbus_message_free(family->in);
+	kdbus_message_free(family->out);
+	kdbus_conn_free(family->a);
+	kdbus_endpoint_free(family->endpoint);
+	kdbus_bus_free(bus);
+	/* two connections, their sockets, endpoint, bus */
+	assert(n_open - count_fds() == (plain ? 4 : 6));
+}
+
+static void child_has_a_child(void *userdata)
+{
+	in_child(child_tries, userdata);
+	in_child(child_tidies_up, userdata);
+	child_tidies_up(userdata);
+}
+
+static void child_connects(void *userdata)
+{
+	struct family *family = userdata;
+	struct kdbus_conn *conn = connect_with(0);
+
+	send_text(conn, kdbus_conn_get_id(family->b), "from the child");
+	kdbus_conn_free(conn);
+}
+
+static void test_fork(void)
+{
+	_cleanup_(kdbus_match_freep) struct kdbus_match *signals = NULL;
+	struct family family = { .a = connect_with(0), .b = connect_with(0) };
+	struct kdbus_message *in;
+	char name[32];
+
+	snprintf(name, sizeof(name), "%u-forked", geteuid());
+	assert(kdbus_endpoint_new(&family.endpoint, kdbus_bus_get_path(bus), name, 0) == 0);
+	assert(kdbus_conn_acquire_name(family.b, "com.example.f", 0, NULL) == 0);
+	assert(kdbus_match_new(&signals) == 0);
+	assert(kdbus_match_add_src_id(signals, KDBUS_MATCH_ID_ANY) == 0);
+	assert(kdbus_conn_add_match(family.b, 0, 0, signals) == 0);
+	send_text(family.a, kdbus_conn_get_id(family.b), "kept");
+	family.in = receive(family.b);
+	send_text(family.a, kdbus_conn_get_id(family.b), "queued");
+	family.out = message_to(kdbus_conn_get_id(family.a), "never");
+
+	in_child(child_tries, &family);
+	in_child(child_tidies_up, &family);
+	in_child(child_has_a_child, &family);
+	in_child(child_connects, &family);
+
+	/* nothing took the place of the message, nothing was received or sent */
+	check_text(family.in, "kept");
+	in = receive(family.b);
+	check_text(in, "queued");
+	kdbus_message_free(in);
+	in = receive(family.b);
+	check_text(in, "from the child");
+	kdbus_message_free(in);
+	assert(kdbus_conn_recv(family.a, &in) == -EAGAIN);
+
+	/* and all is still ours to use */
+	assert(kdbus_conn_send(family.b, family.out) == 0);
+	assert(kdbus_conn_acquire_name(family.b, "com.example.c", 0, NULL) == 0);
+	assert(kdbus_conn_release_name(family.b, "com.example.f") == 0);
+	assert(kdbus_conn_remove_matches(family.b, 0) == 0);
+	assert(kdbus_endpoint_update(family.endpoint, NULL) == 0);
+	child_tidies_up(&family);
+	bus = NULL;
+}
+
 enum { N_SENDERS = 3, N_RECEIVERS = 3, N_MESSAGES = 100 };
 
 struct crowd {
@@ -839,6 +974,7 @@ static const struct {
 	TEST(kinds),
 	TEST(endpoint),
 	TEST(end),
+	TEST(fork),
 	TEST(threads),
 };
 

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,7 @@ from kdbus import (
     PolicyAccess,
     Zeros,
 )
+from mount.processes import in_child
 
 HEADER = Path(__file__).parents[2] / "libkdbus/include/linux/kdbus.h"
 PATIENCE = 20.0
@@ -562,6 +563,105 @@ def test_byebye(pair: tuple[Connection, Connection]) -> None:
     b.byebye()
     with pytest.raises(kdbus.Disconnected):
         b.recv(PATIENCE)
+
+
+def test_a_forked_child_leaves_everything_to_its_parent(mount: daemons.Mount) -> None:
+    name = f"{os.geteuid()}-python-fork"
+    with Bus(mount.path, name) as bus, connect(bus) as a, connect(bus) as b:
+        a.send(Message(b"kept", dst_id=b.id))
+        received = b.recv(PATIENCE)
+        view = received.parts[0]
+
+        def child() -> tuple[bytes, bytes]:
+            # as it leaves the with statements that it is in
+            with bus, a, b, received:
+                seen = received.payload(), bytes(view)
+            with pytest.raises(ValueError, match="closed"):
+                b.recv_nowait()
+            return seen
+
+        assert in_child(child) == (b"kept", b"kept")
+        assert in_child(child) == (b"kept", b"kept")
+        a.send(Message(b"next", dst_id=b.id))
+        with b.recv(PATIENCE) as second:
+            assert second.payload() == b"next"
+        assert bytes(view) == b"kept"
+        received.close()
+
+
+def test_what_a_forked_child_can_not_do(bus: Bus) -> None:
+    with (
+        kdbus.Endpoint(bus.path, f"{os.geteuid()}-python-fork") as endpoint,
+        connect(bus) as a,
+        connect(bus) as b,
+    ):
+        a.send(Message(dst_id=b.id), timeout=PATIENCE)
+        request = b.recv(PATIENCE)
+        calls: dict[str, Callable[[], object]] = {
+            "send": lambda: b.send(Message(dst_id=a.id)),
+            "call": lambda: b.call(Message(dst_id=a.id), timeout=0),
+            "reply": lambda: b.reply(request, Message()),
+            "wait": lambda: b.wait(0),
+            "recv": lambda: b.recv(0),
+            "recv_nowait": b.recv_nowait,
+            "peek": b.peek,
+            "drop": b.drop,
+            "take_lost": b.take_lost,
+            "acquire_name": lambda: b.acquire_name("com.example.fork"),
+            "release_name": lambda: b.release_name("com.example.fork"),
+            "list": b.list,
+            "info": lambda: b.info(a.id),
+            "creator_info": b.creator_info,
+            "add_match": b.add_match,
+            "remove_matches": b.remove_matches,
+            "update": lambda: b.update(recv=AttachFlag.NONE),
+            "byebye": b.byebye,
+            "endpoint.update": lambda: endpoint.update(None),
+        }
+
+        def child() -> dict[str, int]:
+            errors = {}
+            for name, call in calls.items():
+                with pytest.raises(ChildProcessError) as caught:
+                    call()
+                assert type(caught.value) is kdbus.Inherited
+                errors[name] = caught.value.errno
+            assert b.fileno() >= 0
+            assert repr(b) == f"<Connection {b.id} on {bus.path}>"
+            with connect(bus) as own:
+                own.send(Message(b"mine", dst_id=b.id))
+            return errors
+
+        assert in_child(child) == dict.fromkeys(calls, errno.ECHILD)
+        with b.recv(PATIENCE) as received:
+            assert received.payload() == b"mine"
+        b.reply(request, Message(b"done"))
+        assert a.recv(PATIENCE).payload() == b"done"
+        request.close()
+
+
+# Python 3.12 and later say that it is dangerous. That is what is looked at here.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_that_closes_disturbs_no_thread_of_its_parent(
+    pair: tuple[Connection, Connection],
+) -> None:
+    a, b = pair
+    received: list[bytes] = []
+
+    def receive() -> None:
+        with b.recv(PATIENCE) as message:
+            received.append(message.payload())
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    daemons.wait_until(lambda: b._n_calls, "nobody receives")
+    in_child(b.close)
+    # a thread that is not in the child may be anywhere, also where it holds the lock
+    with b._lock:
+        in_child(b.close)
+    a.send(Message(b"heard", dst_id=b.id))
+    thread.join(PATIENCE)
+    assert received == [b"heard"]
 
 
 def test_the_bus_ends_when_it_is_closed(mount: daemons.Mount) -> None:

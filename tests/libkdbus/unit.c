@@ -8,15 +8,19 @@
 #include <assert.h>
 #include <fcntl.h>
 #include <kdbus/extension.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include "../../libkdbus/src/connection.h"
 #include "../../libkdbus/src/deadline.h"
 #include "../../libkdbus/src/fd_socket.h"
 #include "../../libkdbus/src/item.h"
 #include "../../libkdbus/src/message.h"
+#include "../../libkdbus/src/owner.h"
 #include "../../libkdbus/src/util.h"
 
 #define POOL_SIZE (64UL << 10)
@@ -44,6 +48,8 @@ static struct kdbus_conn *conn_new_fake(int *daemon_fdp)
 	conn = calloc(1, sizeof(*conn));
 	assert(conn);
 	conn->fd = -1;
+	conn->n_refs = 1;
+	assert(kdbus_owner_init(&conn->owner) == 0);
 	conn->fd_socket = (KdbusFdSocket)KDBUS_FD_SOCKET_INIT;
 	pthread_mutex_init(&conn->slice_lock, NULL);
 	pthread_rwlock_init(&conn->queue_lock, NULL);
@@ -452,6 +458,88 @@ static void test_memfd_that_is_too_short(void)
 	close(memfd);
 }
 
+static void wait_for(pid_t pid)
+{
+	int status;
+
+	assert(waitpid(pid, &status, 0) == pid);
+	assert(status == 0);
+}
+
+static void test_owner(void)
+{
+	KdbusOwner owner, by_number = { .pid = getpid() };
+	pid_t pid;
+
+	assert(kdbus_owner_init(&owner) == 0);
+	assert(owner.mark);
+	assert(kdbus_owner_check(&owner) == 0);
+	assert(kdbus_owner_check(&by_number) == 0);
+
+	pid = fork();
+	assert(pid >= 0);
+	if (pid == 0) {
+		/* with the number of the parent, as in a new PID namespace */
+		owner.pid = getpid();
+		_exit(!(kdbus_owner_check(&owner) == -ECHILD &&
+			kdbus_owner_check(&by_number) == -ECHILD));
+	}
+	wait_for(pid);
+
+	/* no handler of pthread_atfork() gets to know of this one */
+	pid = syscall(SYS_clone, SIGCHLD, NULL, NULL, NULL, NULL);
+	assert(pid >= 0);
+	if (pid == 0)
+		_exit(kdbus_owner_check(&owner) != -ECHILD);
+	wait_for(pid);
+
+	assert(kdbus_owner_check(&owner) == 0);
+	kdbus_owner_deinit(&owner);
+}
+
+/* a thread of the parent was in the middle of everything when another one forked */
+static void test_fork_while_locked(void)
+{
+	struct kdbus_message *messages[2] = {}, *more;
+	int daemon_fd, none[2] = { -1, -1 };
+	struct kdbus_conn *conn = conn_new_fake(&daemon_fd);
+	struct kdbus_msg_info info;
+	pid_t pid;
+
+	for (size_t i = 0; i < 2; ++i) {
+		info = put_message(conn, i * 4096, none, -1);
+		assert(kdbus_message_new_from_slice(&messages[i], conn, &info) == 0);
+	}
+	pthread_rwlock_wrlock(&conn->queue_lock);
+	pthread_mutex_lock(&conn->slice_lock);
+	pthread_mutex_lock(&conn->fd_socket.lock);
+	messages[1]->slice.next = (void *)1;
+
+	pid = fork();
+	assert(pid >= 0);
+	if (pid == 0) {
+		alarm(10);
+		assert(kdbus_conn_recv(conn, &more) == -ECHILD);
+		assert(kdbus_conn_peek(conn, &more) == -ECHILD);
+		assert(kdbus_conn_drop(conn) == -ECHILD);
+		kdbus_message_free(messages[1]);
+		kdbus_conn_free(conn);
+		assert(!strcmp(kdbus_message_get_dst_name(messages[0]), "a.b"));
+		kdbus_message_free(messages[0]);
+		_exit(0);
+	}
+	wait_for(pid);
+
+	messages[1]->slice.next = &messages[0]->slice;
+	pthread_mutex_unlock(&conn->fd_socket.lock);
+	pthread_mutex_unlock(&conn->slice_lock);
+	pthread_rwlock_unlock(&conn->queue_lock);
+	kdbus_conn_free(conn);
+	kdbus_message_free(messages[0]);
+	kdbus_message_free(messages[1]);
+	close(daemon_fd);
+}
+
 static void test_receive_by_socket(void)
 {
 	struct kdbus_message *first = NULL, *second = NULL;
@@ -694,6 +782,8 @@ int main(void)
 	test_pool_is_read_once();
 	test_pool_that_changes();
 	test_memfd_that_is_too_short();
+	test_owner();
+	test_fork_while_locked();
 	test_receive_by_socket();
 	test_receive_by_socket_lost();
 	test_receive_withheld();

@@ -24,8 +24,18 @@
  * Threads: all functions that take a struct kdbus_conn may be called on the
  * same connection by several threads at once, and so may kdbus_message_free()
  * on different messages of it; only kdbus_conn_free() must be alone. Any other
- * object is to be used by one thread at a time. A connection belongs to the
- * process that made it: after fork() use it on one side only.
+ * object is to be used by one thread at a time.
+ *
+ * Processes: connections and custom endpoints belong to the process that made
+ * them. In one that was forked from it, every function that would have the bus
+ * do something for them, or wait for it, returns -ECHILD and does nothing
+ * (kdbus_conn_take_lost(): 0). What is known can still be asked for, messages
+ * that were received can be read as long as the parent keeps them, and _free()
+ * gives back memory and descriptors of the child alone, whatever threads of the
+ * parent were doing meanwhile. Children that share the memory of their parent,
+ * as after vfork(), are one with it. A file lives until the last process that
+ * has it closes it: a child that goes on without execve() should free what it
+ * inherited, or the parent's connections and buses will not end before it.
  */
 
 #ifdef __cplusplus

@@ -16,6 +16,7 @@ from kdbus.bus import Bus, Endpoint
 from kdbus.connection import Connection, Info
 from kdbus.errors import (
     Disconnected,
+    Inherited,
     KdbusError,
     NameTaken,
     NoDestination,
@@ -81,6 +82,7 @@ __all__ = [
     "HelloFlag",
     "IdChange",
     "Info",
+    "Inherited",
     "ItemType",
     "KdbusError",
     "ListFlag",

@@ -29,7 +29,8 @@ class _Node:
         return self._node
 
     def close(self) -> None:
-        """End it; its connections are disconnected."""
+        """End it; its connections are disconnected. Where a process was forked meanwhile, it
+        ends when both have closed it."""
         if self._node is not None:
             ffi.release(self._node)
             self._node = None
@@ -99,5 +100,8 @@ class Endpoint(_Node):
         return int(lib.kdbus_endpoint_get_fd(self._get()))
 
     def update(self, policy: Policy | None) -> None:
-        """Replace what connections on it may do; None: nothing."""
+        """Replace what connections on it may do; None: nothing.
+
+        `Inherited` in a child of the process that made it.
+        """
         check(lib.kdbus_endpoint_update(self._get(), policy._policy if policy else ffi.NULL))

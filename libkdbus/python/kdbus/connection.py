@@ -7,13 +7,14 @@ import errno
 import os
 import threading
 import uuid
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from kdbus._kdbus import ffi, lib
-from kdbus.errors import NoMessage, check
+from kdbus.errors import NoMessage, check, fail
 from kdbus.fds import HasFileno, fileno
 from kdbus.match import Bloom, Match
 from kdbus.message import Message, ReceivedMessage
@@ -52,6 +53,17 @@ def _encode(string: str | None) -> Any:
     return ffi.NULL if string is None else ffi.new("char[]", os.fsencode(string))
 
 
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for connection in _connections:
+        connection._inherit()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class Connection:
     """A connection to the endpoint at *path* (kdbus.connection(7)).
 
@@ -62,6 +74,11 @@ class Connection:
 
     Several threads may use it at once. It can be waited for with select(), trio's
     wait_readable() and the like: readable means that `recv_nowait` is worth a try.
+
+    It belongs to the process that made it. In a child made by os.fork() it can be
+    closed, which leaves the parent's alone, and messages received before can be read
+    as long as the parent keeps them; `fileno` still tells the descriptor. All else
+    raises `Inherited`.
     """
 
     def __init__(
@@ -83,6 +100,8 @@ class Connection:
         self._lock = threading.Lock()
         self._n_calls = 0
         self._closed = True
+        self._inherited = False
+        _connections.add(self)
 
         options = ffi.new("struct kdbus_conn_options *")
         options.flags = flags
@@ -115,10 +134,22 @@ class Connection:
         self.pool_size: int = lib.kdbus_conn_get_pool_size(self._conn)
         self.has_fd_socket: bool = lib.kdbus_conn_has_fd_socket(self._conn)
 
+    def _inherit(self) -> None:
+        """Start anew in a child: threads that were inside of calls are not here, and the lock
+        may be held by one of them for ever."""
+        self._lock = threading.Lock()
+        self._n_calls = 0
+        self._inherited = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the connection is closed")
+
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         with self._lock:
-            if self._closed:
-                raise ValueError("the connection is closed")
+            self._check_open()
+            if self._inherited:
+                fail(errno.ECHILD, self.path)
             self._n_calls += 1
         try:
             return function(self._conn, *args)
@@ -174,7 +205,9 @@ class Connection:
 
     def fileno(self) -> int:
         """The descriptor: readable while there is something to receive."""
-        return int(self._call(lib.kdbus_conn_get_fd))
+        with self._lock:
+            self._check_open()
+            return int(lib.kdbus_conn_get_fd(self._conn))
 
     def __repr__(self) -> str:
         if self._closed:

@@ -3,8 +3,9 @@
 
 Whose doing it was decides the class: nothing there yet (`NoMessage`), nobody to
 talk to (`NoDestination`), not allowed (`NotPermitted`), no room at the receiver
-(`NoRoom`), no answer (`NoReply`, `TimedOut`), or the connection itself at its
-end (`Disconnected`). All else is a plain `KdbusError`.
+(`NoRoom`), no answer (`NoReply`, `TimedOut`), the connection itself at its end
+(`Disconnected`), or the connection of a parent process (`Inherited`). All else is
+a plain `KdbusError`.
 """
 
 import errno
@@ -59,6 +60,11 @@ class Disconnected(KdbusError, ConnectionError):
     """The connection (ECONNRESET), or the bus or endpoint (ESHUTDOWN), is gone."""
 
 
+class Inherited(KdbusError, ChildProcessError):
+    """The connection or endpoint belongs to the process that this one was forked
+    from (ECHILD). It can be closed here, which leaves the parent's alone."""
+
+
 _CLASSES: dict[int, type[KdbusError]] = {
     errno.EAGAIN: NoMessage,
     errno.ENOENT: NoNode,
@@ -78,6 +84,7 @@ _CLASSES: dict[int, type[KdbusError]] = {
     errno.EBADSLT: NotWaiting,
     errno.ECONNRESET: Disconnected,
     errno.ESHUTDOWN: Disconnected,
+    errno.ECHILD: Inherited,
 }
 
 
