@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from kdbus._kdbus import ffi, lib
 
 import daemons
 import kdbus
@@ -40,6 +41,7 @@ from kdbus import (
     PolicyAccess,
     Zeros,
 )
+from kdbus.metadata import parse_notification
 from mount.processes import in_child
 
 HEADER = Path(__file__).parents[2] / "libkdbus/include/linux/kdbus.h"
@@ -151,6 +153,15 @@ def test_errors_are_oserrors_with_a_class() -> None:
     assert caught.value.filename == "/nonexistent/bus"
     assert isinstance(caught.value, FileNotFoundError)
     assert isinstance(caught.value, kdbus.KdbusError)
+
+
+@pytest.mark.parametrize("type_", ["ID_ADD", "NAME_CHANGE", "IDMAP"])
+def test_a_notification_that_makes_no_sense(type_: str) -> None:
+    item = ffi.new("struct kdbus_item *", {"size": 16})
+    item.type = getattr(lib, f"KDBUS_ITEM_{type_}", 0x9000)
+    with pytest.raises(kdbus.KdbusError) as caught:
+        parse_notification(item)
+    assert caught.value.errno == errno.EBADMSG
 
 
 # --- with one ---
@@ -662,6 +673,63 @@ def test_a_child_that_closes_disturbs_no_thread_of_its_parent(
     a.send(Message(b"heard", dst_id=b.id))
     thread.join(PATIENCE)
     assert received == [b"heard"]
+
+
+def test_what_is_gone_with_its_daemon(tmp_path: Path) -> None:
+    """ECONNABORTED for the call that it was in, ENOTCONN for all that come later."""
+    failures: list[OSError] = []
+
+    def failure(function: Callable[[], object]) -> None:
+        try:
+            function()
+        except OSError as raised:
+            failures.append(raised)
+
+    with daemons.running(tmp_path, "cache") as mount:
+        bus = Bus(mount.path, f"{os.geteuid()}-gone")
+        a, b = connect(bus), connect(bus)
+        endpoint = kdbus.Endpoint(bus.path, f"{os.geteuid()}-gone")
+        inside = [
+            threading.Thread(target=failure, args=(function,))
+            for function in (lambda: a.call(Message(dst_id=b.id)), lambda: a.recv(PATIENCE))
+        ]
+        for thread in inside:
+            thread.start()
+        b.wait(PATIENCE)
+        daemons.wait_until(lambda: a._n_calls == 2, "nobody receives")
+        mount.end()
+        for thread in inside:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+        assert {raised.errno for raised in failures} >= {errno.ECONNABORTED}
+        calls: list[Callable[[], object]] = [
+            lambda: a.send(Message(dst_id=b.id)),
+            a.recv_nowait,
+            lambda: a.recv(PATIENCE),
+            lambda: a.wait(PATIENCE),
+            a.peek,
+            a.drop,
+            a.list,
+            a.byebye,
+            lambda: endpoint.update(None),
+        ]
+        for call in calls:
+            failure(call)
+        assert [type(raised) for raised in failures] == [kdbus.Disconnected] * (2 + len(calls))
+        assert errno.ENOTCONN in {raised.errno for raised in failures}
+        for node in (a, b, endpoint, bus):
+            node.close()
+
+
+def test_a_bus_that_ends_takes_all_with_it(bus: Bus) -> None:
+    with connect(bus) as conn, kdbus.Endpoint(bus.path, f"{os.geteuid()}-orphan") as endpoint:
+        bus.close()
+        with pytest.raises(kdbus.Disconnected) as caught:
+            conn.list()
+        assert caught.value.errno == errno.ECONNRESET
+        with pytest.raises(kdbus.Disconnected) as caught:
+            endpoint.update(None)
+        assert caught.value.errno == errno.ESHUTDOWN
 
 
 def test_the_bus_ends_when_it_is_closed(mount: daemons.Mount) -> None:

@@ -346,6 +346,12 @@ class Connection:
         `metadata.names`."""
         return self._ask(lib.kdbus_conn_list, flags)
 
+    def _ask_one(self, function: Callable[..., Any], *args: Any) -> Info:
+        infos = self._ask(function, *args)
+        if not infos:
+            fail(errno.EBADMSG)
+        return infos[0]
+
     def info(
         self, id_: int = 0, name: str | None = None, attach_flags: AttachFlag = AttachFlag.ALL
     ) -> Info:
@@ -354,11 +360,11 @@ class Connection:
         `NoDestination` if there is none.
         """
         string = ffi.NULL if name is None else os.fsencode(name)
-        return self._ask(lib.kdbus_conn_info, id_, string, attach_flags)[0]
+        return self._ask_one(lib.kdbus_conn_info, id_, string, attach_flags)
 
     def creator_info(self, attach_flags: AttachFlag = AttachFlag.ALL) -> Info:
         """KDBUS_CMD_BUS_CREATOR_INFO: about the bus and who made it."""
-        return self._ask(lib.kdbus_conn_creator_info, attach_flags)[0]
+        return self._ask_one(lib.kdbus_conn_creator_info, attach_flags)
 
     # --- what to receive ---
 

@@ -57,7 +57,8 @@ class NotWaiting(KdbusError):
 
 
 class Disconnected(KdbusError, ConnectionError):
-    """The connection (ECONNRESET), or the bus or endpoint (ESHUTDOWN), is gone."""
+    """Gone: ECONNRESET the connection, ESHUTDOWN the bus or endpoint, ENOTCONN the
+    whole file system, ECONNABORTED the file system during the call."""
 
 
 class Inherited(KdbusError, ChildProcessError):
@@ -84,6 +85,8 @@ _CLASSES: dict[int, type[KdbusError]] = {
     errno.EBADSLT: NotWaiting,
     errno.ECONNRESET: Disconnected,
     errno.ESHUTDOWN: Disconnected,
+    errno.ENOTCONN: Disconnected,
+    errno.ECONNABORTED: Disconnected,
     errno.ECHILD: Inherited,
 }
 

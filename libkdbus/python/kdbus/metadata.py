@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from kdbus._kdbus import ffi, lib
+from kdbus.errors import fail
 from kdbus.numbers import HelloFlag, ItemType, NameFlag
 
 
@@ -214,17 +216,18 @@ def parse_metadata(items: Iterable[Any]) -> Metadata:
 
 
 def parse_notification(item: Any) -> Notification:
-    """The notification in *item*, the first of a message from the bus."""
-    type_ = ItemType(item.type)
-    if type_ in (ItemType.ID_ADD, ItemType.ID_REMOVE):
-        change = lib.kdbus_item_get_id_change(item)
-        return IdChange(type_, change.id, HelloFlag(change.flags))
-    if type_ in (ItemType.REPLY_TIMEOUT, ItemType.REPLY_DEAD):
-        return ReplyFailure(type_)
+    """The notification in *item*, the first of a message from the bus; OSError EBADMSG if it
+    is none."""
+    if change := lib.kdbus_item_get_id_change(item):
+        return IdChange(ItemType(item.type), change.id, HelloFlag(change.flags))
+    if item.type in (ItemType.REPLY_TIMEOUT, ItemType.REPLY_DEAD):
+        return ReplyFailure(ItemType(item.type))
     change = lib.kdbus_item_get_name_change(item)
+    if not change:
+        fail(errno.EBADMSG)
     name = ffi.cast("char *", change) + ffi.sizeof("struct kdbus_notify_name_change")
     return NameChange(
-        type_,
+        ItemType(item.type),
         _decode(name),
         change.old_id.id,
         NameFlag(change.old_id.flags),
