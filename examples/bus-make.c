@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * bus-make MOUNTPOINT NAME: make a bus, and keep it until stdin ends
+ * bus-make MOUNTPOINT NAME: make a bus, and keep it until a signal ends us
  *
  * The bus is called UID-NAME, and its default endpoint UID-NAME/bus. It is there
- * as long as the descriptor that it was made with. See kdbus.bus(7).
+ * as long as the descriptor that it was made with, which the end of a process
+ * closes like all others. See kdbus.bus(7).
  */
 
 #include <err.h>
@@ -36,7 +37,7 @@ int main(int argc, char **argv)
 		struct kdbus_cmd cmd;
 		char bytes[512];
 	} make = { .cmd.size = sizeof(make.cmd) };
-	char name[64], path[4096], byte;
+	char name[64], path[4096];
 	int fd;
 
 	if (argc != 3)
@@ -56,8 +57,6 @@ int main(int argc, char **argv)
 	printf("ready: %s/%s/bus\n", argv[1], name);
 	fflush(stdout);
 
-	while (read(STDIN_FILENO, &byte, 1) > 0)
-		;
-	close(fd);
-	return EXIT_SUCCESS;
+	for (;;)
+		pause();
 }

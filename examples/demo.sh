@@ -24,7 +24,7 @@ maker= receiver=
 clean_up() {
 	code=$?
 	trap - EXIT HUP INT TERM
-	exec 3<&- 4>&-
+	exec 3<&-
 	for pid in $receiver $maker; do
 		kill "$pid" 2>/dev/null || :
 		wait "$pid" 2>/dev/null || :
@@ -78,7 +78,7 @@ $heard
 	done
 }
 
-mkfifo "$work/received" "$work/bus" "$work/keep"
+mkfifo "$work/received" "$work/bus"
 mkdir "$mnt"
 
 talk "AF_UNIX, C to C: what everyone knows" \
@@ -88,10 +88,8 @@ printf '\n--- a domain and a bus\n'
 echo "$ kdbusfs $mnt"
 timeout "$LIMIT" "$bin/kdbusfs" "$mnt"
 echo "$ bus-make $mnt demo &"
-"$build/bus-make" "$mnt" demo <"$work/keep" >"$work/bus" &
+"$build/bus-make" "$mnt" demo >"$work/bus" &
 maker=$!
-# It keeps the bus until nobody holds this end any more.
-exec 4>"$work/keep"
 IFS= read -r line <"$work/bus"
 echo "$line"
 bus=${line#ready: }
@@ -110,8 +108,9 @@ talk "kdbus, Python to Python" \
 	"connection [1-9]*"
 
 printf '\n--- the end\n'
-exec 4>&-
-wait "$maker"
+echo "$ kill $maker"
+kill "$maker"
+wait "$maker" || :
 maker=
 [ "$(ls "$mnt")" = control ] || { echo "demo.sh: the bus is still there" >&2; exit 1; }
 echo "$ umount $mnt"

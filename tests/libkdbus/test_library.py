@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """libkdbus: as it is built, by itself, and against a real bus."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import daemons
+import kdbus
 
 HERE = Path(__file__).parent
 LIBKDBUS = HERE.parents[1] / "libkdbus"
@@ -129,6 +131,21 @@ def test_examples_tell_how_they_are_used(program: str, tmp_path: Path) -> None:
     done = subprocess.run([tmp_path / program], capture_output=True, text=True)
     assert done.returncode == 1
     assert f"usage: {program} " in done.stderr
+
+
+def test_a_bus_stays_until_its_maker_is_ended(mount: daemons.Mount, tmp_path: Path) -> None:
+    examples = HERE.parents[1] / "examples"
+    run("make", "-C", examples, f"BUILD={tmp_path}", tmp_path / "bus-make")
+    # as a shell starts what a script ends with &
+    command: Command = [tmp_path / "bus-make", mount.path, "stays"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as maker:
+        assert maker.stdout is not None
+        path = Path(os.fsdecode(maker.stdout.readline()).removeprefix("ready: ").rstrip())
+        with pytest.raises(subprocess.TimeoutExpired):
+            maker.wait(0.5)
+        kdbus.Connection(path).close()
+        maker.terminate()
+    daemons.wait_until(lambda: not path.exists(), "the bus is still there")
 
 
 def test_the_demo_leaves_nothing_behind() -> None:
