@@ -17,7 +17,8 @@ rm -rf "$staged" build/lib build/lib.* build/bdist.*
 # first line: under DESTDIR that would be the wrong one.
 find "$staged/bin" -mindepth 1 ! -name 'python*' -delete
 
-install -d "$destdir$prefix/bin" "$destdir$prefix/share/doc/kdbusfs/docs" "$destdir$helperdir"
+install -d "$destdir$prefix/bin" "$destdir$prefix/share/doc/kdbusfs/docs" \
+	"$destdir$prefix/share/doc/kdbusfs/examples" "$destdir$helperdir"
 # -I: root must not import what lies in the current directory or PYTHONPATH.
 printf '#!/bin/sh\nexec %s/bin/python -I -m kdbusfs "$@"\n' "$home" >"$destdir$prefix/bin/kdbusfs"
 chmod 755 "$destdir$prefix/bin/kdbusfs"
@@ -25,5 +26,6 @@ sed "s|^kdbusfs=.*|kdbusfs=$prefix/bin/kdbusfs|" mount-helper/mount.kdbusfs >"$d
 chmod 755 "$destdir$helperdir/mount.kdbusfs"
 install -m 644 README.md CHANGELOG.md LICENSE "$destdir$prefix/share/doc/kdbusfs"
 install -m 644 docs/*.md "$destdir$prefix/share/doc/kdbusfs/docs"
+install -m 644 examples/*.c examples/*.py "$destdir$prefix/share/doc/kdbusfs/examples"
 # The dynamic linker has to hear of libkdbus, unless this is only a staging directory.
 [ -n "$destdir" ] || ! command -v ldconfig >/dev/null || ldconfig
