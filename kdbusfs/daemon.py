@@ -12,7 +12,7 @@ import resource
 import signal
 import syslog
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,8 @@ class Options:
     """Log each request and its answer."""
     pool: str = "auto"
     """How pools are made: "passthrough", "cache", or "auto" for what a probe finds."""
+    source: str = "kdbusfs"
+    """What is shown as the source of the mount, of 1 to 255 bytes."""
     spin_us: int | None = None
     """How long the router polls the device before it sleeps, in microseconds; None: it judges."""
 
@@ -101,9 +103,7 @@ def _serve(options: Options, mount_point: Path, ready: Callable[[], None]) -> in
     _raise_descriptor_limit()
     with ExitStack() as stack:
         stack.enter_context(_blocked(END_SIGNALS))
-        overlay = mount.SysfsOverlay.wanted_for(mount_point)
-        stack.enter_context(mount.SysfsOverlay(mount_point.name) if overlay else nullcontext())
-        mounted = stack.enter_context(mount.FuseMount(mount_point))
+        mounted = stack.enter_context(mount.FuseMount(mount_point, options.source))
         know_as_ours(mounted.device_number)
         session = Session(
             os.dup(mounted.device), pool=options.pool, trace=options.debug, spin_us=options.spin_us
@@ -132,8 +132,14 @@ async def _serve_until_the_end(
     """Serve until the filesystem is unmounted, which a signal has us do ourselves."""
     async with trio.open_nursery() as nursery:
         await nursery.start(_unmount_on_signal, session, mounted)
-        await session.serve(ready)
+        await session.serve(partial(_show, mounted, ready))
         nursery.cancel_scope.cancel()
+
+
+def _show(mounted: mount.FuseMount, ready: Callable[[], None]) -> None:
+    """Have the mount seen, now that it answers."""
+    mounted.attach()
+    ready()
 
 
 async def _unmount_on_signal(

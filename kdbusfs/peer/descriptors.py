@@ -20,6 +20,7 @@ from errno import EBADF, EINVAL, EMEDIUMTYPE, EMFILE, ETXTBSY
 from struct import Struct
 
 from ..abi.errors import CommandError
+from ..mount.table import FILESYSTEM_TYPE, fstype_of
 from ..native import ffi, lib
 from .closers import CLOSERS
 from .table import TABLE, check_exhausted
@@ -43,23 +44,17 @@ def is_kdbusfs_device(device: tuple[int, int]) -> bool:
     """Whether *device* (major, minor) is a kdbusfs mount, of this daemon or another one.
 
     FUSE mounts have anonymous devices (major 0); which they are is read from our mount table,
-    and nothing that may block is asked. Paths in it are bytes of anybody's choice.
+    and nothing that may block is asked.
     """
     if device in _ours:
         return True
     if device[0]:
         return False
-    wanted = b"0:%d" % device[1]
     try:
-        with open("/proc/self/mountinfo", "rb") as file:
-            for line in file:
-                mount, _, filesystem = line.partition(b" - ")
-                if mount.split(b" ", 3)[2] == wanted:
-                    return filesystem.startswith(b"fuse.kdbusfs ")
+        return fstype_of(os.makedev(*device)) == FILESYSTEM_TYPE
     except OSError as error:
         check_exhausted(error.errno)
         raise CommandError(EBADF, f"the mount table can't be read: {error}") from None
-    return False
 
 
 MAX_WAITING = 2048

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 from ..abi.errors import CommandError
 from ..bus.metadata import PidNamespace, Ranges, UserNamespace
+from ..mount.table import mounts
 from . import procfs
 from .table import TABLE, check_exhausted
 
@@ -35,15 +36,13 @@ def _inode(path: str) -> int:
 def _hidepid_group() -> int | None:
     """Who may see foreign processes in our /proc (proc(5), hidepid and gid); None: everybody."""
     group = None
-    # Paths in it are bytes of anybody's choice.
-    with open("/proc/self/mountinfo", encoding="latin-1", newline="\n") as file:
-        for fields in (line.rstrip("\n").split(" ") for line in file):
-            if fields[4] != "/proc":
-                continue
-            # The last one is on top.
-            options = dict(option.partition("=")[::2] for option in fields[-1].split(","))
-            hides = options.get("hidepid", "off") not in ("off", "0")
-            group = int(options.get("gid", "0")) if hides else None
+    for mount in mounts():
+        if mount.path != "/proc":
+            continue
+        # The last one is on top.
+        options = dict(option.partition("=")[::2] for option in mount.options.split(","))
+        hides = options.get("hidepid", "off") not in ("off", "0")
+        group = int(options.get("gid", "0")) if hides else None
     return group
 
 
