@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from kdbusfs import mount
-from kdbusfs.errors import UserError
+from kdbusfs.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from kdbusfs.fuse.session import Session
@@ -204,7 +204,7 @@ def _in_background(serve: Callable[[Callable[[], None]], int], debug: bool) -> i
         # Not back into the caller: what the parent has to do there is the parent's.
         os._exit(_be_daemon(serve, write_end, debug))
     os.close(write_end)
-    with open(read_end, encoding="utf-8", errors="replace") as pipe:
+    with open(read_end, encoding="utf-8", errors="surrogateescape") as pipe:
         code, _, message = pipe.read().partition(" ")
     if not code:
         raise UserError("was killed before the mount answered", os.EX_SOFTWARE)
@@ -250,8 +250,9 @@ class _Report:
 
     def send(self, code: int, message: str = "") -> None:
         pipe, self._pipe = self._pipe, -1
-        with suppress(BrokenPipeError), open(pipe, "w", encoding="utf-8") as stream:
-            stream.write(f"{code} {message}")
+        # A path in the message may be in no encoding.
+        with suppress(BrokenPipeError), open(pipe, "wb", buffering=0) as stream:
+            stream.write(f"{code} {message}".encode("utf-8", "surrogateescape"))
 
 
 # --- log --------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ class _SyslogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         for line in self.format(record).splitlines():
-            syslog.syslog(self._priority(record.levelno), line)
+            syslog.syslog(self._priority(record.levelno), one_line(line))
 
     @staticmethod
     def _priority(level: int) -> int:

@@ -12,3 +12,8 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def one_line(text: str) -> str:
+    """*text* with escapes for what would break a line or is in no encoding, such as odd paths."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -24,6 +24,7 @@ printf '#!/bin/sh\nexec %s/bin/python -I -m kdbusfs "$@"\n' "$home" >"$destdir$p
 chmod 755 "$destdir$prefix/bin/kdbusfs"
 sed "s|^kdbusfs=.*|kdbusfs=$prefix/bin/kdbusfs|" mount-helper/mount.kdbusfs >"$destdir$helperdir/mount.kdbusfs"
 chmod 755 "$destdir$helperdir/mount.kdbusfs"
+ln -sf mount.kdbusfs "$destdir$helperdir/mount.fuse.kdbusfs"
 install -m 644 README.md CHANGELOG.md LICENSE "$destdir$prefix/share/doc/kdbusfs"
 install -m 644 docs/*.md "$destdir$prefix/share/doc/kdbusfs/docs"
 install -m 644 examples/*.c examples/*.py "$destdir$prefix/share/doc/kdbusfs/examples"
