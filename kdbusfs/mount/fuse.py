@@ -199,7 +199,9 @@ def _make_way(mount_point: Path) -> None:
 
 
 def _opened(directory: Path) -> int:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """A descriptor of *directory* that asks nothing of it (O_PATH): it may be an automount point
+    that waits for this very mount."""
+    descriptor = os.open(directory, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     if not _is_at(descriptor, directory):
         os.close(descriptor)
         raise OSError(errno.ELOOP, "it has become a symbolic link", str(directory))
@@ -213,9 +215,14 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _locked(directory: Path, is_late: bool) -> int:
     """A descriptor of *directory* that keeps others out; -1 if they have to be waited for.
 
-    If it *is_late*, they are not.
+    If it *is_late*, they are not; nor is anybody kept out of what can't be opened.
     """
     descriptor = _opened(directory)
+    with suppress(OSError):
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        lockable = os.open(f"/proc/self/fd/{descriptor}", flags)
+        os.close(descriptor)
+        descriptor = lockable
     if (try_lock(descriptor) or is_late) and _is_on_top(descriptor, directory):
         return descriptor
     os.close(descriptor)
