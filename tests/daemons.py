@@ -49,9 +49,14 @@ def need_pool(kind: str) -> None:
         pytest.skip(f"Linux {platform.release()} has no FUSE passthrough")
 
 
+def mount_table(pid: int | str = "self") -> list[str]:
+    """The lines of mountinfo of *pid*; anybody may have mounted on a path in no encoding."""
+    return os.fsdecode(Path(f"/proc/{pid}/mountinfo").read_bytes()).rstrip("\n").split("\n")
+
+
 def mounted_at(path: Path, pid: int | str = "self") -> list[str]:
     """The kdbusfs mounts at *path*, as lines of mountinfo, in the mount namespace of *pid*."""
-    lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+    lines = mount_table(pid)
     return [line for line in lines if line.split()[4] == str(path) and " - fuse.kdbusfs " in line]
 
 
@@ -148,8 +153,7 @@ class MountNamespace:
 
     def mounts(self) -> list[str]:
         """What is mounted in it: device, root, path, and everything of the filesystem."""
-        lines = Path(f"/proc/{self.pid}/mountinfo").read_text().splitlines()
-        return sorted(line.split(" ", 2)[2] for line in lines)
+        return sorted(line.split(" ", 2)[2] for line in mount_table(self.pid))
 
     def run(
         self, *command: str | Path, env: dict[str, str] | None = None
