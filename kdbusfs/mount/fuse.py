@@ -272,6 +272,7 @@ class FuseMount:
         self._place = _Place(mount_point)
         self._root = -1
         self._mount_id: table.MountId | None = None
+        self._is_told_covered = False
         # A signal may have it unmounted while it is being attached.
         self._lock = threading.Lock()
         self._undo = ExitStack()
@@ -352,8 +353,17 @@ class FuseMount:
         with self._lock:
             if self._root != -1:
                 self._close_root()
-            elif self._mount_id is not None:
-                table.detach(self._mount_id)
+            elif self._mount_id is not None and not table.detach(self._mount_id):
+                self._tell_covered()
+
+    def _tell_covered(self) -> None:
+        if not self._is_told_covered:
+            log.warning(
+                "%s is covered by another mount and stays mounted, with nobody to serve it:"
+                " unmount it when it can be seen",
+                self.mount_point,
+            )
+        self._is_told_covered = True
 
     def unmount(self) -> None:
         """Unmount, and end the connection to the kernel even where that isn't enough.

@@ -111,7 +111,8 @@ class SysfsOverlay:
     ) -> None:
         assert self._mount_id is not None
         try:
-            table.detach(self._mount_id)
+            if not table.detach(self._mount_id):
+                log.warning("%s is covered by another mount and stays as it is", SYSFS_DIRECTORY)
         finally:
             self._close()
 

@@ -10,7 +10,6 @@ one, even at the same path. Hence `MountId`, which has a number that is never gi
 """
 
 import errno
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -23,8 +22,6 @@ from kdbusfs.native import ffi, lib
 FILESYSTEM_TYPE = "fuse.kdbusfs"
 SOURCE = "kdbusfs"
 """What is given as the source of a mount (mount(8)) unless something else is asked for."""
-
-log = logging.getLogger(__name__)
 
 
 def checked(result: int, what: str) -> int:
@@ -146,29 +143,24 @@ def below(mount_id: MountId) -> Mount | None:
     return parent if mount and parent and parent.path == mount.path else None
 
 
-def detach(mount_id: MountId) -> None:
+def detach(mount_id: MountId) -> bool:
     """Unmount this very mount wherever it is by now, even if it is busy, with all below it.
 
-    Nothing happens if it is gone. One that another mount covers can't be unmounted: it is left
-    where it is, with a warning.
+    Nothing happens if it is gone. One that another mount covers can't be unmounted: False.
     """
     mount = mount_with(mount_id.id)
     if mount is None:
-        return
+        return True
     try:
         with opened(mount.path, os.O_NOFOLLOW) as descriptor:
             seen = MountId.of(descriptor)
             if seen == mount_id:
                 _unmount(descriptor)
-                return
+                return True
     except (FileNotFoundError, NotADirectoryError):
-        seen = None
+        return False
     # The same number but not the same mount: it was given to another one.
-    if seen is None or seen.id != mount_id.id:
-        log.warning(
-            "%s is covered by another mount and stays mounted, without anybody who serves it",
-            mount.path,
-        )
+    return seen.id == mount_id.id
 
 
 def _unmount(descriptor: int) -> None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -162,6 +162,34 @@ def test_umount_ends_the_foreground(tmp_path, pool):
         assert mount.wait() == os.EX_OK
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("where", ["--foreground", "--no-foreground"])
+def test_needs_no_standard_files(directory, where, closed):
+    """Their numbers must not go to the device, or to what reports that it is ready."""
+    process = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", KDBUSFS, where, directory])
+    if where == "--no-foreground":
+        assert process.wait(daemons.DEADLINE_SECONDS) == os.EX_OK
+    wait_until(lambda: mounted_at(directory), "kdbusfs never mounted")
+    assert os.listdir(directory) == ["control"]
+    (pid,) = serving(directory)
+    os.kill(pid, signal.SIGTERM)
+    assert process.wait(daemons.DEADLINE_SECONDS) == os.EX_OK
+    wait_until_gone(directory)
+
+
+@pytest.mark.parametrize("after_ms", range(0, 1000, 125))
+def test_a_signal_at_any_time_leaves_nothing(directory, after_ms):
+    process = subprocess.Popen([KDBUSFS, "-f", directory], stderr=subprocess.PIPE)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(after_ms / 1000)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=daemons.DEADLINE_SECONDS)
+    # Before it listens to signals, it just ends.
+    assert process.returncode in (os.EX_OK, -signal.SIGTERM), errors
+    assert b"Traceback" not in errors
+    assert not mounted_at(directory)
+
+
 def test_a_signal_during_the_start_leaves_nothing(directory):
     process = subprocess.Popen([KDBUSFS, "-f", directory], stderr=subprocess.PIPE)
     while not mounted_at(directory):
@@ -226,6 +254,50 @@ def test_a_moved_mount_is_still_the_one_that_is_unmounted(namespace):
     assert any(" /mnt/a " in line and "tmpfs other" in line for line in namespace.mounts())
 
 
+def test_what_is_mounted_over_it_is_left_alone(tmp_path, namespace):
+    namespace.do("mount -t tmpfs --make-private none /mnt && mkdir /mnt/kdbus")
+    path = Path("/mnt/kdbus")
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        command = ["nsenter", f"--mount=/proc/{namespace.pid}/ns/mnt", KDBUSFS, "-f", path]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=stderr)
+    wait_until(lambda: mounted_at(path, namespace.pid), "kdbusfs never mounted")
+    namespace.do("mount -t tmpfs theirs /mnt/kdbus && touch /mnt/kdbus/theirs")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(daemons.DEADLINE_SECONDS) == os.EX_OK
+    (warning,) = [line for line in log.read_text().splitlines() if "WARNING" in line]
+    assert "/mnt/kdbus is covered by another mount" in warning
+    assert os.listdir(namespace.path("/mnt/kdbus")) == ["theirs"]
+    # What it can't take away is dead, and cleared away by the next one, once it can be seen.
+    namespace.do("umount /mnt/kdbus")
+    assert is_dead(namespace.path("/mnt/kdbus"))
+    assert namespace.run(KDBUSFS, path).returncode == os.EX_OK
+    assert len(mounted_at(path, namespace.pid)) == 1
+    (pid,) = serving(path)
+    os.kill(pid, signal.SIGTERM)
+    wait_until_nothing_serves(namespace, path)
+
+
+def test_can_be_mounted_over_what_covers_another_one(namespace):
+    """Two domains, each of which ends its own mount as soon as it can be seen."""
+    namespace.do(
+        "mount -t tmpfs --make-private none /mnt && mkdir /mnt/kdbus"
+        f" && {KDBUSFS} /mnt/kdbus && mount -t tmpfs theirs /mnt/kdbus"
+    )
+    path = Path("/mnt/kdbus")
+    (lower,) = serving(path)
+    namespace.do(f"{KDBUSFS} /mnt/kdbus")
+    (upper,) = set(serving(path)) - {lower}
+    assert len(mounted_at(path, namespace.pid)) == 2
+    os.kill(upper, signal.SIGTERM)
+    wait_until(lambda: serving(path) == [lower], "the upper one is still running")
+    assert len(mounted_at(path, namespace.pid)) == 1
+    namespace.do("umount /mnt/kdbus")
+    assert os.listdir(namespace.path("/mnt/kdbus")) == ["control"]
+    os.kill(lower, signal.SIGTERM)
+    wait_until_nothing_serves(namespace, path)
+
+
 def test_a_killed_one_is_cleared_away_by_the_next(directory):
     assert kdbusfs(directory).returncode == os.EX_OK
     (pid,) = serving(directory)
@@ -235,6 +307,168 @@ def test_a_killed_one_is_cleared_away_by_the_next(directory):
     assert os.listdir(directory) == ["control"]
     assert len(mounted_at(directory)) == 1
     subprocess.run(["umount", directory], check=True)
+    wait_until_gone(directory)
+
+
+# --- several at one place ------------------------------------------------------------------
+
+N_AT_ONCE = 4
+
+
+def start_at_once(*command: str | Path) -> list["subprocess.Popen[str]"]:
+    return [
+        subprocess.Popen([*command], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(N_AT_ONCE)
+    ]
+
+
+def assert_one_serves(processes: "list[subprocess.Popen[str]]") -> None:
+    """One exit code is 0, all others say that a kdbusfs is there already."""
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    codes = sorted(process.returncode for process in processes)
+    assert codes == [os.EX_OK] + [os.EX_CANTCREAT] * (N_AT_ONCE - 1), said
+    for process, text in zip(processes, said, strict=True):
+        assert text == "" if process.returncode == os.EX_OK else "mounted there already" in text
+        assert text.count("\n") == (process.returncode != os.EX_OK)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["fresh", "after one that was killed"])
+def test_of_several_at_once_one_serves(directory, killed):
+    if killed:
+        assert kdbusfs(directory).returncode == os.EX_OK
+        (pid,) = serving(directory)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: is_dead(directory), "kdbusfs survived SIGKILL")
+    assert_one_serves(start_at_once(KDBUSFS, directory))
+    assert os.listdir(directory) == ["control"]
+    assert len(mounted_at(directory)) == 1
+    (pid,) = serving(directory)
+    os.kill(pid, signal.SIGTERM)
+    wait_until_gone(directory)
+
+
+def test_of_several_at_once_in_the_foreground_one_serves(directory):
+    processes = start_at_once(KDBUSFS, "-f", directory)
+    wait_until(
+        lambda: len([process for process in processes if process.poll() is None]) == 1,
+        "more than one is running",
+    )
+    assert len(mounted_at(directory)) == 1
+    assert os.listdir(directory) == ["control"]
+    (server,) = [process for process in processes if process.poll() is None]
+    for process in processes:
+        if process is not server:
+            assert_refused_in(process)
+    server.send_signal(signal.SIGTERM)
+    _, log = server.communicate(timeout=daemons.DEADLINE_SECONDS)
+    assert server.returncode == os.EX_OK, log
+    wait_until_gone(directory)
+
+
+def assert_refused_in(process: "subprocess.Popen[str]") -> None:
+    _, log = process.communicate(timeout=daemons.DEADLINE_SECONDS)
+    assert process.returncode == os.EX_CANTCREAT, log
+    assert log.splitlines()[-1].endswith("a kdbusfs is mounted there already")
+
+
+# kdbusfs that locks nothing, and has its mount seen when its stdin is closed.
+WAITS = """
+import sys
+import kdbusfs.mount.fuse as fuse
+fuse.try_lock = lambda directory: True
+attach = fuse.FuseMount.attach
+def attach_later(self):
+    print("ready", flush=True)
+    sys.stdin.read()
+    attach(self)
+fuse.FuseMount.attach = attach_later
+from kdbusfs.cli import main
+raise SystemExit(main())
+"""
+
+
+@contextmanager
+def waiting(directory: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """A kdbusfs that is ready, but not seen before its stdin is closed."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", WAITS, "-f", directory], **pipes) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+        process.kill()
+
+
+def test_is_not_seen_before_it_answers(directory):
+    with waiting(directory) as process:
+        assert not mounted_at(directory)
+        assert os.listdir(directory) == []
+        # Killed by then, it leaves nothing to clear away.
+        process.kill()
+        process.wait()
+        assert not mounted_at(directory)
+        assert os.listdir(directory) == []
+
+
+def test_two_that_do_not_see_each_others_lock_do_not_stay_both(directory):
+    """Where directories can't be locked, the one that came to lie on the other withdraws."""
+    with waiting(directory) as first, waiting(directory) as second:
+        assert first.stdin
+        assert second.stdin
+        first.stdin.close()
+        wait_until(lambda: mounted_at(directory), "kdbusfs never mounted")
+        second.stdin.close()
+        assert second.wait(daemons.DEADLINE_SECONDS) == os.EX_CANTCREAT
+        assert len(mounted_at(directory)) == 1
+        assert os.listdir(directory) == ["control"]
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(daemons.DEADLINE_SECONDS) == os.EX_OK
+    wait_until_gone(directory)
+
+
+def test_a_lock_of_somebody_else_is_not_waited_for_long(directory):
+    with open_directory(directory) as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        assert kdbusfs(directory).returncode == os.EX_OK
+        assert os.listdir(directory) == ["control"]
+    (pid,) = serving(directory)
+    os.kill(pid, signal.SIGTERM)
+    wait_until_gone(directory)
+
+
+@contextmanager
+def open_directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def test_no_lock_stays(directory):
+    """Neither while it serves: what is below can be unmounted as soon as it is."""
+    assert kdbusfs(directory).returncode == os.EX_OK
+    (pid,) = serving(directory)
+    paths = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    assert str(directory) not in paths
+    os.kill(pid, signal.SIGTERM)
+    wait_until_gone(directory)
+    assert os.listdir(directory) == []
+    with open_directory(directory) as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_one_that_lags_behind_does_not_end_the_next_one(directory):
+    """The next mount at the same place may well have got the number of the first one by then."""
+    assert kdbusfs(directory).returncode == os.EX_OK
+    (first,) = serving(directory)
+    os.kill(first, signal.SIGSTOP)
+    subprocess.run(["umount", "--lazy", directory], check=True)
+    assert kdbusfs(directory).returncode == os.EX_OK
+    (second,) = set(serving(directory)) - {first}
+    os.kill(first, signal.SIGCONT)
+    wait_until(lambda: serving(directory) == [second], "the first one is still running")
+    assert os.listdir(directory) == ["control"]
+    os.kill(second, signal.SIGTERM)
     wait_until_gone(directory)
 
 
@@ -274,6 +508,28 @@ def test_the_kind_of_pool_is_chosen_by_what_the_kernel_can_do(directory):
     assert os.listdir(directory) == ["control"]
     subprocess.run(["umount", directory], check=True)
     wait_until_gone(directory)
+
+
+# kdbusfs that fails as soon as its mount is seen.
+FAILS_LATE = """
+import kdbusfs.mount.fuse as fuse
+attach = fuse.FuseMount.attach
+def attach_and_fail(self):
+    attach(self)
+    raise RuntimeError("on purpose")
+fuse.FuseMount.attach = attach_and_fail
+from kdbusfs.cli import main
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.parametrize("where", ["--foreground", "--no-foreground"])
+def test_a_failure_after_the_mount_takes_it_away(directory, where):
+    command = [sys.executable, "-c", FAILS_LATE, where, directory]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == os.EX_SOFTWARE
+    wait_until_gone(directory)
+    assert os.listdir(directory) == []
 
 
 @pytest.mark.parametrize("capability", ["sys_admin", "sys_ptrace"])
@@ -362,6 +618,41 @@ def test_sysfs_is_put_back_after_one_that_was_killed(sysfs):
     assert sysfs.run(KDBUSFS, SYS_FS_KDBUS).returncode == os.EX_OK
     assert os.listdir(sysfs.path("/sys/fs/kdbus")) == ["control"]
     sysfs.do("umount /sys/fs/kdbus")
+    wait_until_nothing_serves(sysfs, SYS_FS_KDBUS)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["fresh", "after one that was killed"])
+def test_sysfs_is_covered_once_for_several_at_once(sysfs, killed):
+    if killed:
+        assert sysfs.run(KDBUSFS, SYS_FS_KDBUS).returncode == os.EX_OK
+        (pid,) = serving(SYS_FS_KDBUS)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: is_dead(sysfs.path("/sys/fs/kdbus")), "kdbusfs survived SIGKILL")
+    enter = ("nsenter", f"--mount=/proc/{sysfs.pid}/ns/mnt")
+    assert_one_serves(start_at_once(*enter, KDBUSFS, SYS_FS_KDBUS))
+    assert os.listdir(sysfs.path("/sys/fs/kdbus")) == ["control"]
+    assert len([line for line in sysfs.mounts() if " /sys/fs " in line and "tmpfs" in line]) == 1
+    (pid,) = serving(SYS_FS_KDBUS)
+    os.kill(pid, signal.SIGTERM)
+    wait_until_nothing_serves(sysfs, SYS_FS_KDBUS)
+
+
+def test_sysfs_can_be_covered_again_as_soon_as_it_is_unmounted(sysfs):
+    """The next one waits until the one before has taken its cover away."""
+    for _ in range(5):
+        assert sysfs.run(KDBUSFS, SYS_FS_KDBUS).returncode == os.EX_OK
+        assert os.listdir(sysfs.path("/sys/fs/kdbus")) == ["control"]
+        sysfs.do("umount /sys/fs/kdbus")
+    wait_until_nothing_serves(sysfs, SYS_FS_KDBUS)
+
+
+def test_sysfs_whose_cover_does_not_go_is_told(sysfs):
+    assert sysfs.run(KDBUSFS, SYS_FS_KDBUS).returncode == os.EX_OK
+    (pid,) = serving(SYS_FS_KDBUS)
+    os.kill(pid, signal.SIGSTOP)
+    sysfs.do("umount --lazy /sys/fs/kdbus")
+    assert_refused(sysfs.run(KDBUSFS, SYS_FS_KDBUS), os.EX_CANTCREAT, "starts or ends there")
+    os.kill(pid, signal.SIGCONT)
     wait_until_nothing_serves(sysfs, SYS_FS_KDBUS)
 
 

@@ -195,3 +195,48 @@ def test_can_be_mounted_on_an_odd_path_and_have_an_odd_source(namespace, name):
     assert (listed.fstype, listed.source) == ("fuse.kdbusfs", path.name)
     end(namespace, path)
     assert not os.listdir(namespace.path(str(path)))
+
+
+def test_a_mount_that_got_the_number_of_another_one_is_not_taken_for_it(namespace):
+    """Run in the namespace: it mounts, and asks for the end of a mount of the same number."""
+    script = """
+import sys
+from pathlib import Path
+from kdbusfs.mount import table
+path = Path("/mnt/odd")
+mount_id, mount = table.mount_at(path)
+assert mount.source == "one"
+if not mount_id.unique:
+    sys.exit(77)
+assert table.detach(mount_id._replace(unique=mount_id.unique - 1))
+assert table.mount_at(path) == (mount_id, mount)
+assert table.detach(mount_id)
+assert table.mount_at(path) is None
+assert table.detach(mount_id)
+"""
+    namespace.do("mount -t tmpfs one /mnt/odd")
+    result = namespace.run(KDBUSFS.with_name("python"), "-c", script)
+    if result.returncode == 77:
+        pytest.skip("Linux before 6.8 has no numbers that are never given again")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_what_is_covered_is_not_unmounted_and_nor_is_its_cover(namespace):
+    script = """
+import subprocess
+from pathlib import Path
+from kdbusfs.mount import table
+path = Path("/mnt/odd")
+lower, _ = table.mount_at(path)
+subprocess.run(["mount", "-t", "tmpfs", "two", path], check=True)
+upper, mount = table.mount_at(path)
+assert table.below(upper).id == lower.id
+assert not table.detach(lower)
+assert table.mount_at(path) == (upper, mount)
+assert table.detach(upper)
+assert table.detach(lower)
+assert table.mount_at(path) is None
+"""
+    namespace.do("mount -t tmpfs one /mnt/odd")
+    result = namespace.run(KDBUSFS.with_name("python"), "-c", script)
+    assert (result.returncode, result.stderr) == (0, "")
