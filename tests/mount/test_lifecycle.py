@@ -4,6 +4,7 @@
 import errno
 import fcntl
 import os
+import re
 import resource
 import shutil
 import signal
@@ -719,6 +720,7 @@ def mount8(namespace: MountNamespace, tmp_path: Path) -> Iterator[MountNamespace
     installed = programs / "mount.kdbusfs"
     shutil.copy(HELPER, installed)
     installed.write_text(HELPER.read_text().replace("kdbusfs=kdbusfs ", f"kdbusfs={KDBUSFS} "))
+    (programs / "mount.fuse.kdbusfs").symlink_to(installed.name)
     namespace.do(f"mount --bind {programs} $(realpath /sbin)")
     yield namespace
     assert serving(tmp_path) == []
@@ -741,6 +743,136 @@ def test_mount8_reads_fstab(mount8, directory, tmp_path):
     assert mounted_at(directory, mount8.pid)
     mount8.do(f"umount {directory}")
     wait_until_nothing_serves(mount8, directory)
+
+
+DOCUMENTED = re.search(
+    r"^    (none  /sys/fs/kdbus .*)$",
+    (HELPER.parents[1] / "docs" / "kdbusfs.8.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        DOCUMENTED[1].replace("/sys/fs/kdbus", "DIRECTORY") if DOCUMENTED else "",
+        "none DIRECTORY fuse.kdbusfs defaults 0 0",
+        "kdbusfs DIRECTORY kdbusfs rw,pool=cache,spin=0,x-a=b 0 0",
+        r"a\040b\011c DIRECTORY kdbusfs defaults 0 0",
+        "//server/share/ DIRECTORY kdbusfs defaults 0 0",
+        "-o DIRECTORY kdbusfs defaults 0 0",
+    ],
+)
+def test_mount8_all_does_nothing_the_second_time(mount8, directory, tmp_path, line):
+    fstab = tmp_path / "fstab"
+    fstab.write_text(line.replace("DIRECTORY", str(directory)) + "\n")
+    for _ in range(2):
+        result = mount8.run("mount", "--all", "--fstab", fstab)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        assert len(mounted_at(directory, mount8.pid)) == 1
+        assert len(serving(directory)) == 1
+    # Asked for by name, it is an error, as with other file systems.
+    result = mount8.run("mount", "--fstab", fstab, directory)
+    assert result.returncode == 32
+    assert "mounted there already" in result.stderr
+    mount8.do(f"umount {directory}")
+    wait_until_nothing_serves(mount8, directory)
+
+
+def test_mount8_all_with_the_documented_line(mount8, tmp_path):
+    assert DOCUMENTED
+    fstab = tmp_path / "fstab"
+    fstab.write_text(DOCUMENTED[1] + "\n")
+    for _ in range(2):
+        result = mount8.run("mount", "--all", "--fstab", fstab)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert os.listdir(mount8.path("/sys/fs/kdbus")) == ["control"]
+    mount8.do("umount /sys/fs/kdbus")
+    wait_until_nothing_serves(mount8, SYS_FS_KDBUS)
+
+
+@pytest.mark.parametrize("fstype", ["kdbusfs", "fuse.kdbusfs"])
+def test_mount8_and_findmnt8_know_source_and_type(mount8, directory, fstype):
+    mount8.do(f"mount -t {fstype} 'my bus' {directory}")
+    found = mount8.run("findmnt", "-nro", "SOURCE,FSTYPE", "-M", directory)
+    assert found.stdout == "my\\x20bus fuse.kdbusfs\n"
+    listed = mount8.run("mount", "-t", "fuse.kdbusfs").stdout
+    assert f"my bus on {directory} type fuse.kdbusfs (rw,nosuid,nodev,relatime" in listed
+    mount8.do(f"umount 'my bus' || umount {directory}")
+    wait_until_nothing_serves(mount8, directory)
+
+
+def test_umount8_lazy_ends_it(mount8, directory):
+    mount8.do(f"mount -t kdbusfs none {directory}")
+    mount8.do(f"umount --lazy {directory}")
+    wait_until_nothing_serves(mount8, directory)
+
+
+@pytest.mark.parametrize("fstype", ["kdbusfs", "fuse.kdbusfs"])
+@pytest.mark.parametrize("listed", [True, False], ids=["in fstab", "not in fstab"])
+def test_mount8_remount_changes_nothing(mount8, directory, tmp_path, fstype, listed):
+    fstab = tmp_path / "fstab"
+    fstab.write_text(f"none {directory} {fstype} pool=cache,nofail 0 0\n" if listed else "\n")
+    mount8.do(f"mount -t {fstype} -o pool=cache none {directory}")
+    before = mounted_at(directory, mount8.pid)
+    for options in ("remount", "remount,rw", "remount,nosuid,noatime"):
+        result = mount8.run("mount", "--fstab", fstab, "-o", options, directory)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", ""), options
+        assert mounted_at(directory, mount8.pid) == before
+    for options, says in (("remount,ro", "read-only"), ("remount,colour=blue", "colour=blue")):
+        result = mount8.run("mount", "--fstab", fstab, "-o", options, directory)
+        assert result.returncode == 1
+        assert says in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert mounted_at(directory, mount8.pid) == before
+    mount8.do(f"mount --fstab {fstab} -o remount,bind,ro {directory}")
+    with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+        os.open(mount8.path(f"{directory}/control"), os.O_RDWR)
+    mount8.do(f"umount {directory}")
+    wait_until_nothing_serves(mount8, directory)
+
+
+def test_mount8_remount_of_what_is_not_mounted(mount8, directory, tmp_path):
+    fstab = tmp_path / "fstab"
+    fstab.write_text(f"none {directory} kdbusfs defaults 0 0\n")
+    result = mount8.run("mount", "--fstab", fstab, "-o", "remount", directory)
+    assert result.returncode == 32
+    assert result.stderr == f"kdbusfs: {directory}: no kdbusfs is mounted there\n"
+
+
+@pytest.mark.parametrize("path", ["/", "/usr", "/tmp"])
+def test_mount8_on_what_the_whole_system_uses(mount8, path):
+    before = mount8.mounts()
+    result = mount8.run("mount", "-t", "kdbusfs", "none", path)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert mount8.mounts() == before
+
+
+# What systemd.automount(5) does: a direct autofs mount, whose daemon is this very process.
+AUTOMOUNT = """
+import ctypes, os, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+reader, writer = os.pipe()
+os.set_inheritable(writer, True)
+options = f"fd={writer},pgrp={os.getpgrp()},minproto=5,maxproto=5,direct"
+if libc.mount(b"automount", os.fsencode(sys.argv[2]), b"autofs", 0, options.encode()):
+    sys.exit(77)
+daemon = subprocess.run(sys.argv[1:], timeout=15, start_new_session=True, close_fds=True)
+sys.exit(daemon.returncode)
+"""
+
+
+def test_an_automount_point_is_mounted_on_without_asking_it(namespace, directory):
+    """It would wait for the very mount that is just being made."""
+    result = namespace.run(sys.executable, "-c", AUTOMOUNT, KDBUSFS, directory)
+    if result.returncode == 77:
+        pytest.skip("no autofs")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert mounted_at(directory, namespace.pid)
+    assert not mounted_at(directory)
+    namespace.do(f"umount {directory}")
+    wait_until_nothing_serves(namespace, directory)
 
 
 def test_mount8_faked_mounts_nothing(mount8, directory):
@@ -776,7 +908,10 @@ def test_the_helper_tells_what_it_runs_and_can_be_sloppy(directory):
     options = ["-sfvn", "-o", "colour=blue", "-o", "rw"]
     result = helper("none", directory, *options)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"mount.kdbusfs: kdbusfs -o colour=blue,rw,sloppy -- {directory}\n"
+    assert (
+        result.stdout
+        == f"mount.kdbusfs: kdbusfs --source=none -o colour=blue,rw,sloppy -- {directory}\n"
+    )
 
 
 def test_the_helper_without_kdbusfs(directory):
