@@ -132,8 +132,11 @@ class _Place:
 
     def __enter__(self) -> Self:
         deadline = time.monotonic() + LOCK_SECONDS
-        while not self._take(is_late=time.monotonic() > deadline):
-            time.sleep(0.01)
+        with ExitStack() as stack:
+            stack.push(self)
+            while not self._take(is_late=time.monotonic() > deadline):
+                time.sleep(0.01)
+            stack.pop_all()
         return self
 
     def __exit__(

@@ -13,7 +13,6 @@ Its root is locked (flock(2)) as long as its kdbusfs lives. By that it is told f
 a killed one left, and the next kdbusfs for the same place waits until this one has gone.
 """
 
-import errno
 import fcntl
 import logging
 import os
@@ -95,8 +94,10 @@ class SysfsOverlay:
                 self._mount_id = table.MountId.of(self._root)
             else:
                 self._attach()
-        except OSError as error:
+        except BaseException as error:
             self._close()
+            if not isinstance(error, OSError):
+                raise
             raise UserError(
                 f"can't make {SYSFS_DIRECTORY / self._name}: {error.strerror} ({error.filename})",
                 os.EX_OSERR,
@@ -131,11 +132,14 @@ class SysfsOverlay:
             table.attach(tree, self._sysfs, str(SYSFS_DIRECTORY))
         finally:
             os.close(tree)
-        self._mount_id = mount_id
-        below = table.below(mount_id)
-        if below is not None and _is_overlay(below):
+        try:
+            below = table.below(mount_id)
+            if below is not None and _is_overlay(below):
+                raise UserError(f"{SYSFS_DIRECTORY}: another kdbusfs was quicker", os.EX_CANTCREAT)
+        except BaseException:
             table.detach(mount_id)
-            raise OSError(errno.EBUSY, "another kdbusfs was quicker", str(SYSFS_DIRECTORY))
+            raise
+        self._mount_id = mount_id
 
     def _build(self) -> int:
         """Put the tree together in a mount namespace of this thread's own.

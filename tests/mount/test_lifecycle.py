@@ -647,6 +647,44 @@ def test_sysfs_can_be_covered_again_as_soon_as_it_is_unmounted(sysfs):
     wait_until_nothing_serves(sysfs, SYS_FS_KDBUS)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        *("fuse._opened", "fuse._locked", "fuse._open_device", "fuse.FuseMount._create"),
+        *("fuse.FuseMount.attach", "table.below", "table.attach", "table.new_filesystem"),
+        *("overlay._carry", "overlay.SysfsOverlay._build", "fuse.FuseMount._close_root"),
+        # The second time it is the directory in the cover.
+        "fuse._opened#2",
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_sysfs_is_put_back_whatever_fails(sysfs, function, when):
+    """Somewhere on the way, before or after what is done there."""
+    function, _, number = function.partition("#")
+    program = f"""
+import errno, os
+from kdbusfs.mount import {function.partition(".")[0]}
+done = {function}
+calls = 0
+def fail(*arguments, **options):
+    global calls
+    calls += 1
+    if calls != {number or 1}:
+        return done(*arguments, **options)
+    if "{when}" == "after":
+        result = done(*arguments, **options)
+        if isinstance(result, int):
+            os.close(result)
+    raise OSError(errno.EIO, "on purpose")
+{function} = fail
+from kdbusfs.cli import main
+raise SystemExit(main())
+"""
+    result = sysfs.run(sys.executable, "-c", program, "-f", SYS_FS_KDBUS)
+    assert result.returncode in (os.EX_OSERR, os.EX_SOFTWARE), result.stderr
+    assert "on purpose" in result.stderr
+
+
 def test_sysfs_whose_cover_does_not_go_is_told(sysfs):
     assert sysfs.run(KDBUSFS, SYS_FS_KDBUS).returncode == os.EX_OK
     (pid,) = serving(SYS_FS_KDBUS)
