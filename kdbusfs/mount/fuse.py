@@ -205,10 +205,17 @@ def _opened(directory: Path) -> int:
     """A descriptor of *directory* that asks nothing of it (O_PATH): it may be an automount point
     that waits for this very mount."""
     descriptor = os.open(directory, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if not _is_at(descriptor, directory):
+    if not _is_at(descriptor, directory) or not stat.S_ISDIR(_mode_and_device(descriptor)[0]):
         os.close(descriptor)
         raise OSError(errno.ELOOP, "it has become a symbolic link", str(directory))
     return descriptor
+
+
+def _mode_and_device(descriptor: int) -> tuple[int, int]:
+    """st_mode and st_dev, without asking whoever serves the filesystem."""
+    fields = ffi.new("uint32_t[3]")
+    table.checked(lib.kdbusfs_stat(descriptor, fields, fields + 1, fields + 2), "statx")
+    return int(fields[0]), os.makedev(fields[1], fields[2])
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -326,9 +333,7 @@ class FuseMount:
         }
         self._root = table.new_filesystem("fuse", options.items())
         self._mount_id = table.MountId.of(self._root)
-        fields = ffi.new("uint32_t[3]")
-        table.checked(lib.kdbusfs_stat(self._root, fields, fields + 1, fields + 2), "statx")
-        self.device_number = os.makedev(fields[1], fields[2])
+        _, self.device_number = _mode_and_device(self._root)
 
     def attach(self) -> None:
         """Let it be seen at the mount point; UserError if that can't be.
