@@ -9,15 +9,17 @@ HELPERDIR ?= /sbin
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_OPTIONS := --quiet --quiet --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+# Versions and hashes are those in requirements/, of what is built in isolation too.
+LOCKED := --require-hashes --build-constraint requirements/build.txt
 TESTS ?= tests
 TIME ?= 600
 SEED ?= 0
 
 # What the native module and the Python client are compiled from: a change in
 # any of it makes the editable install build them again.
-NATIVE_SOURCES = $(filter-out kdbusfs/native/_native.c,$(wildcard kdbusfs/native/*.[ch] kdbusfs/native/build.py)) \
-	$(wildcard libkdbus/include/*/*.h libkdbus/src/*.[ch] libkdbus/python/kdbus/_build.py)
+NATIVE_SOURCES = $(filter-out kdbusfs/native/_native.c,$(wildcard kdbusfs/native/*.[ch] kdbusfs/native/build.py))
+CLIENT_SOURCES = $(wildcard libkdbus/include/*/*.h libkdbus/src/*.[ch] libkdbus/python/kdbus/_build.py)
 
 # The modules mypyc compiles are listed in setup.py. KDBUSFS_COMPILE=0 runs all of it
 # as Python: slower, and an edit needs no make to have an effect.
@@ -38,12 +40,13 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test fuzz check bench install clean library root
+.PHONY: help setup packages demo test fuzz check bench dist install lock clean library root
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: root setup library ## mount, let programs in C and Python talk to each other, unmount
+	@echo "compiling the examples"
 	@$(MAKE) --silent -C examples all
 	@examples/demo.sh
 
@@ -63,36 +66,64 @@ check: setup ## ruff, mypy, and the C compiler with warnings as errors
 bench: root setup library ## measure, beside the smallest FUSE server in C, and print tables
 	@$(BIN)/python bench/run.py
 
-install: setup library ## install kdbusfs, libkdbus and mount.kdbusfs (PREFIX, DESTDIR)
+dist: $(VENV)/.tools ## build sdists and wheels into dist/, and try each in an empty environment
+	@$(BIN)/python tools/dist.py dist
+
+install: $(VENV)/.tools library ## install kdbusfs, libkdbus, the Python client and mount.kdbusfs (PREFIX, DESTDIR)
 	@$(MAKE) --silent -C libkdbus install PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)'
-	@tools/install.sh '$(PYTHON)' '$(PREFIX)' '$(DESTDIR)' '$(HELPERDIR)'
+	@tools/install.sh '$(BIN)/python' '$(PREFIX)' '$(DESTDIR)' '$(HELPERDIR)'
+
+lock: packages ## resolve the versions in requirements/ anew
+	@tools/lock.sh '$(PYTHON)'
 
 clean: ## remove all that was built, the virtual environment too
 	@for part in libkdbus examples; do \
 		[ ! -e $$part/Makefile ] || $(MAKE) --silent -C $$part clean; \
 	done
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info libkdbus/build libkdbus/python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f kdbusfs/native/_native.* libkdbus/python/kdbus/_kdbus.*
 	$(REMOVE_COMPILED)
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # --- done when needed -----------------------------------------------------------
 
-library: setup
+library: packages
+	@echo "compiling libkdbus"
 	@$(MAKE) --silent -C libkdbus all
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.kdbusfs $(VENV)/.kdbus
+
+packages: $(VENV)/.packages
 
 $(VENV)/.packages: tools/packages.sh
-	@tools/packages.sh $(PYTHON)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install $(PIP_OPTIONS) --upgrade 'setuptools>=77' 'cffi>=1.15' 'mypy>=1.15'
+	@echo "looking for compilers, headers and Python"
+	@tools/packages.sh '$(PYTHON)'
+	@mkdir -p $(VENV)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.packages pyproject.toml setup.py $(NATIVE_SOURCES) $(COMPILED_SOURCES)
-	@echo "installing kdbusfs into $(VENV)"
+$(VENV)/.tools: $(VENV)/.packages requirements/build.txt
+	@echo "making a virtual environment in $(VENV), with what builds kdbusfs"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --require-hashes --requirement requirements/build.txt
+	@touch $@
+
+$(VENV)/.requirements: $(VENV)/.tools requirements/dev.txt
+	@echo "installing what kdbusfs needs (pyfuse3 is compiled) and what tests it"
+	@$(PIP_INSTALL) $(LOCKED) --requirement requirements/dev.txt
+	@touch $@
+
+# What builds these two is in the environment, in the versions of requirements/build.txt.
+EDITABLE = $(PIP_INSTALL) --no-deps --no-build-isolation --check-build-dependencies --editable
+
+$(VENV)/.kdbusfs: $(VENV)/.requirements pyproject.toml setup.py $(NATIVE_SOURCES) $(COMPILED_SOURCES)
+	@echo "compiling kdbusfs and installing it"
 	@$(REMOVE_COMPILED)
-	@$(BIN)/pip install $(PIP_OPTIONS) --no-build-isolation --editable '.[dev]'
+	@$(EDITABLE) .
+	@touch $@
+
+$(VENV)/.kdbus: $(VENV)/.kdbusfs libkdbus/pyproject.toml libkdbus/setup.py $(CLIENT_SOURCES)
+	@echo "compiling the Python client and installing it"
+	@$(EDITABLE) ./libkdbus
 	@touch $@
 
 root:

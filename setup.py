@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What pyproject.toml can't say: the two packages' rooms, their cffi modules, and what is compiled.
+"""What pyproject.toml can't say: the cffi module, and what is compiled.
 
 The modules that every message passes through are compiled by mypyc; their Python source is the
 truth, and runs as it is with KDBUSFS_COMPILE=0.
 """
 
 import os
-from pathlib import Path
+import sys
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
 COMPILED = [
     "kdbusfs/abi/items.py",
@@ -29,9 +29,13 @@ COMPILED = [
 ]
 
 
+# Who asks for these wants no extension module, and mypyc would take half a minute each time.
+WITHOUT_MODULES = {"dist_info", "egg_info", "sdist"}
+
+
 def compiled_modules() -> list:
     """The extension modules mypyc makes, none if it is not wanted."""
-    if os.environ.get("KDBUSFS_COMPILE", "1") == "0":
+    if os.environ.get("KDBUSFS_COMPILE", "1") == "0" or WITHOUT_MODULES.intersection(sys.argv[1:]):
         return []
     from mypyc.build import mypycify
 
@@ -39,16 +43,7 @@ def compiled_modules() -> list:
     return mypycify([*options, *COMPILED], opt_level="3", debug_level="0")
 
 
-PYTHON_CLIENT = "libkdbus/python"
-
-# The Python client lives beside the C library whose header it is built on.
-builders = ["kdbusfs/native/build.py", f"{PYTHON_CLIENT}/kdbus/_build.py"]
-
 setup(
-    packages=find_packages(include=["kdbusfs", "kdbusfs.*"])
-    + find_packages(PYTHON_CLIENT, include=["kdbus", "kdbus.*"]),
-    package_dir={"kdbus": f"{PYTHON_CLIENT}/kdbus"},
-    package_data={"kdbusfs": ["py.typed"], "kdbus": ["py.typed"]},
     ext_modules=compiled_modules(),
-    cffi_modules=[f"{path}:ffibuilder" for path in builders if Path(path).exists()],
+    cffi_modules=["kdbusfs/native/build.py:ffibuilder"],
 )

@@ -1,18 +1,34 @@
 #!/bin/sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Installs kdbusfs with the Python packages it needs into a directory of its own,
-# PREFIX/lib/kdbusfs, so that it meets no other Python program's, and the commands
-# kdbusfs and mount.kdbusfs. Usage: install.sh PYTHON PREFIX DESTDIR HELPERDIR
+# Installs kdbusfs and the Python client with the Python packages they need into a directory
+# of its own, PREFIX/lib/kdbusfs, so that it meets no other Python program's, and the commands
+# kdbusfs and mount.kdbusfs. PYTHON is one that has what requirements/build.txt names.
+# Usage: install.sh PYTHON PREFIX DESTDIR HELPERDIR
 set -eu
 
 python=$1 prefix=$2 destdir=$3 helperdir=$4
 home=$prefix/lib/kdbusfs
 staged=$destdir$home
+wheels=$(mktemp -d)
+trap 'rm -rf "$wheels"' EXIT
 
-# Modules that the project no longer has may lie in build/ from another time.
-rm -rf "$staged" build/lib build/lib.* build/bdist.*
-"$python" -m venv "$staged"
-"$staged/bin/python" -m pip install --quiet --quiet --disable-pip-version-check .
+pip() {
+	"$python" -m pip --disable-pip-version-check "$@"
+}
+
+echo "making wheels of what kdbusfs needs"
+pip wheel --quiet --quiet --require-hashes --build-constraint requirements/build.txt \
+	--wheel-dir "$wheels" --requirement requirements/run.txt
+# Modules that the project no longer has may lie here from another time.
+rm -rf build/lib build/lib.* build/bdist.* libkdbus/build
+echo "making wheels of kdbusfs and of the Python client"
+pip wheel --quiet --quiet --no-deps --no-build-isolation --check-build-dependencies \
+	--wheel-dir "$wheels" . ./libkdbus
+
+echo "installing into $staged"
+rm -rf "$staged"
+"$python" -m venv --without-pip "$staged"
+pip --python "$staged/bin/python" install --quiet --quiet --no-index --no-deps "$wheels"/*.whl
 # Python finds its directory from where it is started, scripts carry it in their
 # first line: under DESTDIR that would be the wrong one.
 find "$staged/bin" -mindepth 1 ! -name 'python*' -delete

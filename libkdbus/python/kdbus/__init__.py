@@ -62,6 +62,7 @@ from kdbus.numbers import (
     PolicyAccess,
 )
 from kdbus.policy import Policy
+from kdbus.version import VERSION as __version__
 
 __all__ = [
     "DST_ID_BROADCAST",
@@ -116,4 +117,5 @@ __all__ = [
     "TimedOut",
     "Timestamp",
     "Zeros",
+    "__version__",
 ]

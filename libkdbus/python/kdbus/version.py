@@ -1,0 +1,1 @@
+../../../kdbusfs/version.py
