@@ -95,7 +95,9 @@ def mounts(needle: bytes = b"") -> Iterator[Mount]:
 
     A line that makes no sense is passed over: some filesystem didn't escape what it says of itself.
     """
-    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n"):
+    with open("/proc/self/mountinfo", "rb") as file:
+        lines = file.read().split(b"\n")
+    for line in lines:
         if needle in line:
             with suppress(ValueError):
                 yield Mount.parse(line)
