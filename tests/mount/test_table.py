@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The table of mounts, in which anybody's mounts are lines."""
 
+import io
 import os
 import signal
 import subprocess
@@ -78,7 +79,7 @@ def test_a_source_may_be_anything(source):
 
 def test_lines_that_make_no_sense_are_passed_over(monkeypatch):
     text = b"\n".join([LINE, b"a line of its own", LINE.replace(b"36 ", b"37 "), b""])
-    monkeypatch.setattr(Path, "read_bytes", lambda path: text)
+    monkeypatch.setattr("builtins.open", lambda path, mode: io.BytesIO(text))
     assert [mount.id for mount in table.mounts()] == [36, 37]
     assert table.fstype_of(os.makedev(98, 0)) == "ext!3"
     assert table.fstype_of(os.makedev(8, 0)) is None
