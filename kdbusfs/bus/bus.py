@@ -126,6 +126,8 @@ class Bus:
         for name in list(connection.names):
             self.announce(self.names.release(connection, name))
         connection.groups = None
+        # It refers to the connection: a ring would keep both, and the pool.
+        connection.view = None
         self.flush()
         while (entry := connection.queue.first) is not None:
             connection.queue.remove(entry)
@@ -554,6 +556,7 @@ class Bus:
         yield
         for name in list(connection.names):
             self.names.drop(connection, name)
+        connection.view = None
         if connection.fd_socket is not None:
             connection.fd_socket.release()
             connection.fd_socket = None

@@ -756,6 +756,8 @@ class FakeDomain:
         for file in self.files:
             if not file.closed:
                 file.close()
+        self.works = True
+        self.finish()
         assert not self.paths()
         assert self.core.next_deadline() is None
         for file in self.files:
