@@ -27,6 +27,7 @@ from errno import (
     EOPNOTSUPP,
     EPERM,
 )
+from functools import partial
 from select import POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
 from struct import Struct
 from typing import Protocol
@@ -119,6 +120,37 @@ class OpenFile:
         self.memory = None
         self.memory = self.backing.new_memory(size)
         return self.memory
+
+
+class _Handover:
+    """Descriptors on their way to the caller of *ioctl*, as a worker of the tracer sees them.
+
+    A class, since a function inside of another one, compiled, refers to itself: what it knows would
+    stay until the collector comes by.
+    """
+
+    __slots__ = ("_delivery", "_handles", "_ioctl", "_uid")
+
+    def __init__(self, handles: Handles, ioctl: Ioctl, delivery: Delivery, uid: int) -> None:
+        self._handles = handles
+        self._ioctl = ioctl
+        self._delivery = delivery
+        self._uid = uid
+
+    def release(self) -> None:
+        """Let go of the descriptors, and wait until they are closed."""
+        _collect(self._uid)
+        self._delivery.release()
+        closing = _collected()
+        if closing is not None:
+            closing.wait()
+
+    def tell(self, numbers: list[int]) -> Buffer:
+        """What is to be in the caller's struct when it has got *numbers*."""
+        ioctl = self._ioctl
+        self._handles.put_return_flags(ioctl, self._delivery.installed(numbers))
+        self.release()
+        return ioctl.data[: ioctl.store[1]]
 
 
 class Handles:
@@ -495,7 +527,7 @@ class Handles:
         if ioctl.code in _BY_SOCKET and isinstance(connection.fd_socket, FileDescriptor):
             complete = self._send_fds(connection.fd_socket, delivery)
             delivery.release()
-            self._put_return_flags(ioctl, 0 if complete and delivery.accepted else _INCOMPLETE)
+            self.put_return_flags(ioctl, 0 if complete and delivery.accepted else _INCOMPLETE)
             reply, has_turn = self._result(ioctl, 0)
             self._send(ioctl, reply, has_turn)
             self._traced_call(ioctl, 0)
@@ -533,43 +565,35 @@ class Handles:
         except OSError as error:
             log.debug("descriptors not sent: %s", error)
 
-    def _put_return_flags(self, call: Call, flags: int) -> None:
+    def put_return_flags(self, call: Call, flags: int) -> None:
         """Set msg.return_flags (RECV) or reply.return_flags (SEND)."""
         U64.pack_into(call.data, call.store[1] - 8, flags)
 
     def _install(self, ioctl: Ioctl, delivery: Delivery) -> None:
         """Have the call answered, and descriptors put into its caller's table."""
+        # As long as it is held: the store below may stall, and be killed.
+        uid, tid = ioctl.process.uid, ioctl.process.thread()
         # The flags are stored for the worst case first, and mended when it did not come.
-        self._put_return_flags(ioctl, _INCOMPLETE)
+        self.put_return_flags(ioctl, _INCOMPLETE)
         reply, _ = self._result(ioctl, 0)
         content = ioctl.data[: ioctl.store[1]]
-        uid = ioctl.process.uid
-        tid = ioctl.process.thread()
-
-        def release() -> None:
-            _collect(uid)
-            delivery.release()
-            self._wait_for_closing()
-
-        def tell(numbers: list[int]) -> Buffer:
-            self._put_return_flags(ioctl, delivery.installed(numbers))
-            release()
-            return ioctl.data[: ioctl.store[1]]
-
-        def answered() -> None:
-            self._traced_call(ioctl, 0)
-
         fds = [d.fd for d in delivery.descriptors if isinstance(d, FileDescriptor)]
-        job = Installation(tid, uid, reply, ioctl.address, content, fds, tell, release, answered)
-        if self._ioctls.settle(ioctl) and not self._tracer.install(job):
+        handover = _Handover(self, ioctl, delivery, uid)
+        job = Installation(
+            tid,
+            uid,
+            reply,
+            ioctl.address,
+            content,
+            fds,
+            handover.tell,
+            handover.release,
+            partial(self._traced_call, ioctl, 0),
+        )
+        if not self._ioctls.settle(ioctl):
+            delivery.release()
+        elif not self._tracer.install(job):
             self._write(reply)
-
-    @staticmethod
-    def _wait_for_closing() -> None:
-        """In a worker: wait for what this thread let go of."""
-        closing = _collected()
-        if closing is not None:
-            closing.wait()
 
     # --- signals
 
@@ -612,12 +636,9 @@ class Handles:
                 self._refuse(ioctl, EINTR)
 
     def _restart(self, ioctl: Ioctl) -> None:
-        reply, _ = self._result(ioctl, EINTR)
         uid, tid = ioctl.process.uid, ioctl.process.thread()
-
-        def answered() -> None:
-            self._traced_call(ioctl, EINTR)
-
+        reply, _ = self._result(ioctl, EINTR)
+        answered = partial(self._traced_call, ioctl, EINTR)
         if self._ioctls.settle(ioctl) and not self._tracer.restart(tid, uid, reply, answered):
             self._write(reply)
 
