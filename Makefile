@@ -58,6 +58,7 @@ fuzz: root setup library ## throw anything at a bus for TIME seconds (SEED=... r
 
 check: setup ## ruff, mypy, and the C compiler with warnings as errors
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy
 	@for source in $(C_SOURCES); do \
 		$(CC) $(C_WARNINGS) $(CPPFLAGS) -Ilibkdbus/include -Ikdbusfs/native -c -o /dev/null $$source || exit 1; \

@@ -155,9 +155,7 @@ class Bus:
         item, change = id_item(type_, connection.id, connection.flags)
         domain = self.domain
         self._notifications.append(
-            Notification(
-                domain.kernel_user, domain.clock, self._next_seqnum(), item, change=change
-            )
+            Notification(domain.kernel_user, domain.clock, self._next_seqnum(), item, change=change)
         )
 
     def announce(self, name_change: NameChange | None) -> None:

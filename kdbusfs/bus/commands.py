@@ -316,9 +316,7 @@ def update(connection: Connection, call: Call) -> int:
 def read_policy(connection: Connection, call: Call) -> Entries:
     """The policy of a holder or activator as *call* has it. EEXIST: another one has some of it."""
     users = call.peer.credentials().user_namespace
-    entries = parse_entries(
-        call, users, limit=1, wildcards=connection.kind == POLICY_HOLDER
-    )
+    entries = parse_entries(call, users, limit=1, wildcards=connection.kind == POLICY_HOLDER)
     connection.bus.policy.check_owner(connection, entries)
     memory = connection.bus.domain.budget.memory
     call.begin(Charge(memory, connection.opener.uid, policy_size(entries)))

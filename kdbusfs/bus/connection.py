@@ -575,7 +575,9 @@ class Connection:
         assert all(r.target is self and r.listed for r in self.owed)
         assert all(r.suspended and r.requester is self for r in self.suspended.values())
         requests = set(self.requests) | {
-            e.reply for c in self.bus.connections.values() for e in c.queue
+            e.reply
+            for c in self.bus.connections.values()
+            for e in c.queue
             if e.reply is not None and e.reply.requester is self
         }
         assert len(requests) == self.n_requests

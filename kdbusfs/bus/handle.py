@@ -482,9 +482,7 @@ _MOVES: dict[tuple[HandleState, int], Move] = {
     ),
 }
 
-_NEGOTIATES_MORE = frozenset(
-    code for code, form in FORMS.items() if form.name.startswith("SEND")
-)
+_NEGOTIATES_MORE = frozenset(code for code, form in FORMS.items() if form.name.startswith("SEND"))
 """SEND has the message to negotiate about, too."""
 
 

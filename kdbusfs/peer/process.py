@@ -22,9 +22,7 @@ from .procfs import CAP_IPC_OWNER, Status
 from .stall import fail, leave
 from .table import TABLE, check_exhausted
 
-_STATUS = int(
-    AttachFlag.CREDS | AttachFlag.PIDS | AttachFlag.AUXGROUPS | AttachFlag.CAPS
-)
+_STATUS = int(AttachFlag.CREDS | AttachFlag.PIDS | AttachFlag.AUXGROUPS | AttachFlag.CAPS)
 """The kinds of metadata that come from /proc/<tid>/status."""
 
 _scratch = bytearray(1 << 16)

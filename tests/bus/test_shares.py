@@ -137,9 +137,7 @@ def test_a_pool_is_charged_as_far_as_it_has_been_in_use(bus: Bus) -> None:
     assert pools.taken(ALICE) == 0
 
 
-@pytest.mark.parametrize(
-    ("share", "error"), [("addresses", ENOMEM), ("pools", EXFULL)]
-)
+@pytest.mark.parametrize(("share", "error"), [("addresses", ENOMEM), ("pools", EXFULL)])
 def test_a_connection_that_its_user_has_no_share_for_leaves_nothing(
     domain: FakeDomain, share: str, error: int
 ) -> None:

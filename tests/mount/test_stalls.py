@@ -328,4 +328,3 @@ def test_no_call_fails_beside_what_a_client_does_to_its_own_pool(
         exchange(other, other)
         assert child.result() == ROUNDS
         exchange(other, other)
-

@@ -168,10 +168,7 @@ def test_hundreds_may_ask_at_a_time(mount: daemons.Mount, bus: Bus) -> None:
     for thread in threads:
         thread.join()
     assert answers.count(0) == sum(
-        paths[(i + k) % 4].name == "none"
-        for i in range(n_threads)
-        for k in range(rounds)
-        if i % 7
+        paths[(i + k) % 4].name == "none" for i in range(n_threads) for k in range(rounds) if i % 7
     )
 
 

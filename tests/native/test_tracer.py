@@ -24,9 +24,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no C compiler")
     path = tmp_path_factory.mktemp("native") / "test-tracer"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
-    subprocess.run(
-        [compiler, *flags, str(SOURCE), *map(str, CODE), "-o", str(path)], check=True
-    )
+    subprocess.run([compiler, *flags, str(SOURCE), *map(str, CODE), "-o", str(path)], check=True)
     return path
 
 

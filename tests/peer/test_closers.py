@@ -145,6 +145,7 @@ def test_threads_are_bounded_for_all_users_together(
     at_work: Counter[int] = Counter()
     for uid in range(100):
         for _ in range(10):
+
             def be_slow(uid: int = uid) -> None:
                 at_work[uid] += 1
                 gate.wait()

@@ -66,9 +66,7 @@ def test_a_small_table_leaves_half_of_it() -> None:
     assert fill(table, 0) == 32
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"), [(EMFILE, ENFILE), (ENFILE, ENFILE), (ENOMEM, ENOMEM)]
-)
+@pytest.mark.parametrize(("ours", "theirs"), [(EMFILE, ENFILE), (ENFILE, ENFILE), (ENOMEM, ENOMEM)])
 def test_what_the_daemon_is_short_of_is_no_fault_of_the_caller(ours: int, theirs: int) -> None:
     with fails(theirs):
         check_exhausted(ours)
