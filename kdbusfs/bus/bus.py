@@ -41,7 +41,7 @@ from .reply import Reply
 
 if TYPE_CHECKING:
     from .domain import Domain
-    from .metadata import Facts
+    from .metadata import ProcessMetadata
     from .peer import Descriptor
     from .quota import User
 
@@ -73,7 +73,7 @@ class Bus:
         self.bloom_size, self.bloom_n_hash = bloom
         self.creator_mask = creator_mask
         """Attach flags: what BUS_CREATOR_INFO may tell."""
-        self.creator_facts: Facts
+        self.creator_metadata: ProcessMetadata
         self.creator: User
         """Whom the bus counts for."""
         self.uid = uid

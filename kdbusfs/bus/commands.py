@@ -242,7 +242,7 @@ def conn_info(connection: Connection, call: Call) -> int:
     kinds = attach_flags(call.u64(32))
     target = _info_target(connection, call)
     kinds &= target.attach_flags_send & ~_TIMESTAMP
-    items = target.facts.items(kinds & PROCESS, connection.reference, call.peer)
+    items = target.metadata.items(kinds & PROCESS, connection.viewer, call.peer)
     items += target.metadata_items(kinds)
     _store_info(connection, call, target.id, target.flags, items)
     return 0
@@ -282,7 +282,7 @@ def bus_creator_info(connection: Connection, call: Call) -> int:
     bus = connection.bus
     kinds = attach_flags(call.u64(32)) & bus.creator_mask & PROCESS
     items = [build_string(ItemType.MAKE_NAME, bus.name.encode())]
-    items += bus.creator_facts.items(kinds, connection.reference, call.peer)
+    items += bus.creator_metadata.items(kinds, connection.viewer, call.peer)
     _store_info(connection, call, bus.id, bus.flags, items)
     return 0
 

@@ -12,7 +12,7 @@ from ..abi.items import Buffer, build, build_string
 from ..abi.numbers import AttachFlag, HelloFlag, ItemType, Limit, NameFlag, RecvReturnFlag
 from ..abi.structs import I32, MSG_INFO, U64
 from .call import Call, Held, Step
-from .metadata import Facts, Reference
+from .metadata import ProcessMetadata, Viewer
 from .peer import Credentials, release
 from .pool import Pool, Slice
 from .quota import Quota, User
@@ -244,9 +244,9 @@ class Connection:
         "attach_flags_send",
         "attach_flags_recv",
         "description",
-        "facts",
+        "metadata",
         "faked",
-        "reference",
+        "viewer",
         "requests",
         "suspended",
         "n_requests",
@@ -289,10 +289,10 @@ class Connection:
         self.attach_flags_send = 0
         self.attach_flags_recv = 0
         self.description: bytes | None = None
-        self.facts: Facts
+        self.metadata: ProcessMetadata
         """The process that said HELLO, or what it claimed to be."""
         self.faked = False
-        self.reference: Reference
+        self.viewer: Viewer
         self.requests: list[Reply] = []
         """Trackers of its own requests, oldest first."""
         self.suspended: dict[int, Reply] = {}

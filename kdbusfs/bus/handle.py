@@ -39,7 +39,7 @@ from .commands import COMMANDS, attach_flags, read_policy
 from .connection import ACTIVATOR, MONITOR, POLICY_HOLDER, SPECIAL, Connection
 from .domain import Domain
 from .endpoint import Endpoint
-from .metadata import PROCESS, UNSET_ID, Facts, Reference
+from .metadata import PROCESS, UNSET_ID, ProcessMetadata, Viewer
 from .names import record_size
 from .node import Node, access_mode
 from .peer import Credentials, Memory
@@ -212,13 +212,13 @@ class Handle:
         id_ = domain.next_id()
         if name in domain.root.children:
             raise CommandError(EEXIST, f"bus {name} exists")
-        facts = Facts()
-        call.peer.gather(facts, PROCESS)
+        metadata = ProcessMetadata()
+        call.peer.gather(metadata, PROCESS)
         creator = domain.user(who.uid)
         if creator.n_buses >= Limit.USER_BUSES:
             raise CommandError(EMFILE, f"{creator.n_buses} buses of this user")
         bus = Bus(domain, id_, name, call.flags, (size, n_hash), mask, who.euid)
-        bus.creator, bus.creator_facts = creator, facts
+        bus.creator, bus.creator_metadata = creator, metadata
         bus.id128 = uuid.uuid4().bytes
         _store_results(call)
         # Nothing below can fail.
@@ -290,12 +290,12 @@ class Handle:
         name = self._check_hello(call, endpoint, pool_size)
         send_mask, recv_mask = attach_flags(call.u64(24)), attach_flags(call.u64(32))
         id_ = self.domain.next_id()
-        facts, faked = self._hello_facts(call)
+        metadata, faked = self._hello_metadata(call)
         user = endpoint.user
         if not endpoint.custom:
             uid = self.opener.uid
-            if faked and facts.creds and endpoint.is_privileged(self.opener):
-                uid = facts.creds[0] if facts.creds[0] != UNSET_ID else uid
+            if faked and metadata.creds and endpoint.is_privileged(self.opener):
+                uid = metadata.creds[0] if metadata.creds[0] != UNSET_ID else uid
             user = self.domain.user(uid)
         pool = set_up.pool = self._new_pool(pool_size)
         self.domain.connect(user)
@@ -303,8 +303,8 @@ class Handle:
         connection = Connection(endpoint, id_, call.flags, self.opener, user, pool)
         connection.attach_flags_send, connection.attach_flags_recv = send_mask, recv_mask
         connection.description = call.string(ItemType.CONN_DESCRIPTION)
-        connection.facts, connection.faked = facts, faked
-        connection.reference = Reference(
+        connection.metadata, connection.faked = metadata, faked
+        connection.viewer = Viewer(
             self.opener.user_namespace, call.peer.pid_namespace(), call.peer.root()
         )
         if connection.kind == ACTIVATOR:
@@ -389,20 +389,20 @@ class Handle:
                 raise CommandError(EPERM, "faked credentials are for the bus's owner")
         return name
 
-    def _hello_facts(self, call: Call) -> tuple[Facts, bool]:
+    def _hello_metadata(self, call: Call) -> tuple[ProcessMetadata, bool]:
         """Who the connection is: what it claims, if it claims anything, or its process."""
-        facts, peer = Facts(), call.peer
+        metadata, peer = ProcessMetadata(), call.peer
         creds, pids = call.find(ItemType.CREDS), call.find(ItemType.PIDS)
-        facts.seclabel = call.string(ItemType.SECLABEL)
-        if creds is None and pids is None and facts.seclabel is None:
-            peer.gather(facts, PROCESS)
-            return facts, False
+        metadata.seclabel = call.string(ItemType.SECLABEL)
+        if creds is None and pids is None and metadata.seclabel is None:
+            peer.gather(metadata, PROCESS)
+            return metadata, False
         if creds is not None:
             users = peer.credentials().user_namespace
             claimed = structs.CREDS.unpack(creds)
             uids = [_claimed_id(i, users.outer_uid) for i in claimed[:4]]
             gids = [_claimed_id(i, users.outer_gid) for i in claimed[4:]]
-            facts.creds = (*uids, *gids)
+            metadata.creds = (*uids, *gids)
         if pids is not None:
             found = []
             for pid in structs.PIDS.unpack(pids):
@@ -410,10 +410,10 @@ class Handle:
                 if numbers is None:
                     raise CommandError(EINVAL, f"no process {pid}")
                 found.append(numbers)
-            facts.pids = tuple(found)
-            facts.pid_namespace = peer.pid_namespace()
-        facts.gathered = PROCESS
-        return facts, True
+            metadata.pids = tuple(found)
+            metadata.pid_namespace = peer.pid_namespace()
+        metadata.gathered = PROCESS
+        return metadata, True
 
     # --- poll and close
 

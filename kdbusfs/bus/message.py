@@ -44,7 +44,7 @@ from ..abi.structs import (
     VEC,
 )
 from .match import Change, Signal
-from .metadata import IMPLICIT, PROCESS, Facts, join
+from .metadata import IMPLICIT, PROCESS, ProcessMetadata, join
 from .peer import release
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Message:
         "_segments",
         "_offsets",
         "_fd_items",
-        "_facts",
+        "_sender",
         "_seqnum",
         "_stamp",
         "_last",
@@ -174,7 +174,7 @@ class Message:
         self._offsets: list[tuple[int, int]] = []
         """(position of an OFF item's offset, offset of its data in the payload area)."""
         self._fd_items = _NO_ITEMS
-        self._facts: Facts | None = None
+        self._sender: ProcessMetadata | None = None
         self._seqnum = 0
         self._stamp: bytes | None = None
         self._last: tuple[bytes, bytearray] | None = None
@@ -371,23 +371,23 @@ class Message:
         return items
 
     def _process_metadata(self, receiver: Connection, wanted: int) -> list[bytes]:
-        facts = self._facts
-        if facts is None:
-            facts = self._facts = Facts()
-        reference = receiver.reference
-        namespace = reference.pid_namespace
+        process = self._sender
+        if process is None:
+            process = self._sender = ProcessMetadata()
+        viewer = receiver.viewer
+        namespace = viewer.pid_namespace
         if namespace.level or namespace.hidepid_group is not None:
-            self._gather(facts, _PIDS)
-            if not facts.visible(receiver):
+            self._gather(process, _PIDS)
+            if not process.visible(receiver):
                 wanted &= self.sender.attach_flags_send | IMPLICIT
-        self._gather(facts, wanted)
-        return facts.items(wanted, reference, self.peer)
+        self._gather(process, wanted)
+        return process.items(wanted, viewer, self.peer)
 
-    def _gather(self, facts: Facts, wanted: int) -> None:
-        missing = wanted & ~facts.gathered
+    def _gather(self, process: ProcessMetadata, wanted: int) -> None:
+        missing = wanted & ~process.gathered
         if missing:
-            self.peer.gather(facts, missing)
-            facts.gathered |= missing
+            self.peer.gather(process, missing)
+            process.gathered |= missing
 
 
 def _range(item: Item) -> range:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Metadata: who sent this, told by the bus and not by the sender (kdbus.item(7)).
 
-`Facts` are what was found out about a process, in the terms of the domain's own namespaces.
-They are gathered lazily, while the caller is held in its call, and only the kinds that somebody
-wants. Each receiver gets them translated for its own user and PID namespace (`Reference`).
+`ProcessMetadata` is what was found out about a process, in the terms of the domain's own
+namespaces. It is gathered lazily, while the caller is held in its call, and only the kinds that
+somebody wants. Each receiver gets them translated for its own user and PID namespace (`Viewer`).
 A kind whose source does not exist stays None and gives no item.
 """
 
@@ -34,7 +34,7 @@ _CAPS = int(AttachFlag.CAPS)
 _DESCRIPTION = int(AttachFlag.CONN_DESCRIPTION)
 
 PROCESS = ATTACH_ALL & ~(_TIMESTAMP | _NAMES | _DESCRIPTION)
-"""The kinds that are facts about a process."""
+"""The kinds that describe a process."""
 IMPLICIT = _CREDS | _PIDS | _AUXGROUPS | _NAMES | _DESCRIPTION | _TIMESTAMP
 """The kinds that a sender can't withhold from the receivers of its messages."""
 
@@ -139,7 +139,7 @@ class PidNamespace:
         return 0
 
 
-class Reference(NamedTuple):
+class Viewer(NamedTuple):
     """Through whose eyes metadata is told: those of a receiving connection."""
 
     user_namespace: UserNamespace
@@ -157,7 +157,7 @@ class Capabilities(NamedTuple):
     bounding: int
 
 
-class Facts:
+class ProcessMetadata:
     """What is known of a process, and which kinds have been asked for already (*gathered*)."""
 
     __slots__ = (
@@ -199,7 +199,7 @@ class Facts:
     def visible(self, reader: Connection) -> bool:
         """Whether the reader could find this process in its own /proc (proc(5), hidepid)."""
         pids, home = self.pids, self.pid_namespace
-        namespace = reader.reference.pid_namespace
+        namespace = reader.viewer.pid_namespace
         if pids is None:
             return False
         if namespace.level and (home is None or not namespace.number(pids[1], home)):
@@ -207,19 +207,19 @@ class Facts:
         group = namespace.hidepid_group
         if group is None or reader.opener.egid == group:
             return True
-        own = reader.facts.pids
+        own = reader.metadata.pids
         return own is not None and own[1] == pids[1]
 
-    def items(self, kinds: int, reference: Reference, caller: Peer) -> list[bytes]:
+    def items(self, kinds: int, viewer: Viewer, caller: Peer) -> list[bytes]:
         """The items of these *kinds* for the reader, in the order kdbus has them. EXE is told
         only if *caller*, who makes the bus tell, has the reader's root directory."""
         found: list[bytes] = []
-        users = reference.user_namespace
+        users = viewer.user_namespace
         if kinds & _CREDS and self.creds is not None:
             found.append(build(ItemType.CREDS, _creds(self.creds, users)))
         if kinds & _PIDS and self.pids is not None:
-            home = self.pid_namespace or reference.pid_namespace
-            number = reference.pid_namespace.number
+            home = self.pid_namespace or viewer.pid_namespace
+            number = viewer.pid_namespace.number
             found.append(build(ItemType.PIDS, PIDS.pack(*(number(p, home) for p in self.pids))))
         if kinds & _AUXGROUPS and self.groups is not None:
             groups = b"".join(U64.pack(users.gid(g)) for g in self.groups)
@@ -229,7 +229,7 @@ class Facts:
         exe = self.exe
         if kinds & AttachFlag.EXE and exe is not None:
             root = caller.root()
-            if root is None or root != reference.root:
+            if root is None or root != viewer.root:
                 exe = None
         for flag, type_, text in (
             (AttachFlag.TID_COMM, ItemType.TID_COMM, self.tid_comm),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..abi.items import Buffer
 
 if TYPE_CHECKING:
-    from .metadata import Facts, PidNamespace, UserNamespace
+    from .metadata import PidNamespace, ProcessMetadata, UserNamespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,8 @@ class Peer(Protocol):
     def credentials(self) -> Credentials:
         """Its credentials right now."""
 
-    def gather(self, facts: Facts, kinds: int) -> None:
-        """Fill in what *facts* lacks of these kinds of metadata (AttachFlag)."""
+    def gather(self, metadata: ProcessMetadata, kinds: int) -> None:
+        """Fill in what *metadata* lacks of these kinds of metadata (AttachFlag)."""
 
     def pid_namespace(self) -> PidNamespace: ...
 

@@ -11,7 +11,7 @@ from errno import EBADF, EFAULT, EINVAL, EPERM, ESTALE
 from ..abi.errors import CommandError, Fault
 from ..abi.items import Buffer
 from ..abi.numbers import AttachFlag
-from ..bus.metadata import Facts, PidNamespace
+from ..bus.metadata import PidNamespace, ProcessMetadata
 from ..bus.peer import Credentials, Memory
 from ..native import ffi, lib
 from . import procfs
@@ -240,54 +240,54 @@ class Process:
             return _search_process(pid, namespace, self.uid)
         return Status(own).numbers(b"NSpid") or None if own else None
 
-    def gather(self, facts: Facts, kinds: int) -> None:
+    def gather(self, metadata: ProcessMetadata, kinds: int) -> None:
         tid = self.thread()
         if kinds & _STATUS:
-            self._gather_status(facts, kinds)
+            self._gather_status(metadata, kinds)
         if not kinds & ~_STATUS:
             return
         # Not of the process's first thread, which may have exited.
         if kinds & AttachFlag.TID_COMM:
-            facts.tid_comm = procfs.comm(tid)
+            metadata.tid_comm = procfs.comm(tid)
         if kinds & AttachFlag.PID_COMM:
-            facts.pid_comm = procfs.comm(self.status.process())
+            metadata.pid_comm = procfs.comm(self.status.process())
         if kinds & AttachFlag.EXE:
-            facts.exe = procfs.readlink(tid, "exe")
+            metadata.exe = procfs.readlink(tid, "exe")
         if kinds & AttachFlag.CMDLINE:
             # This one is read from the caller's memory.
-            facts.cmdline = _argv0(tid)
+            metadata.cmdline = _argv0(tid)
         if kinds & AttachFlag.CGROUP:
-            facts.cgroup = procfs.cgroup(tid)
+            metadata.cgroup = procfs.cgroup(tid)
         if kinds & AttachFlag.SECLABEL:
-            facts.seclabel = procfs.security_label(tid)
+            metadata.seclabel = procfs.security_label(tid)
         if kinds & AttachFlag.AUDIT:
-            facts.audit = procfs.audit(tid)
+            metadata.audit = procfs.audit(tid)
 
-    def _gather_status(self, facts: Facts, kinds: int) -> None:
+    def _gather_status(self, metadata: ProcessMetadata, kinds: int) -> None:
         status = self.status
         if kinds & (AttachFlag.CREDS | AttachFlag.CAPS):
-            facts.creds = (*status.uids(), *status.gids())
+            metadata.creds = (*status.uids(), *status.gids())
         if kinds & AttachFlag.AUXGROUPS:
-            facts.groups = status.groups()
+            metadata.groups = status.groups()
         if kinds & AttachFlag.PIDS:
-            self._gather_pids(facts)
+            self._gather_pids(metadata)
         if kinds & AttachFlag.CAPS:
-            facts.caps = status.capabilities()
-            facts.user_namespace = user_namespace(self.thread(), self.uid)
+            metadata.caps = status.capabilities()
+            metadata.user_namespace = user_namespace(self.thread(), self.uid)
 
-    def _gather_pids(self, facts: Facts) -> None:
+    def _gather_pids(self, metadata: ProcessMetadata) -> None:
         status = self.status
         thread = status.numbers(b"NSpid") or status.numbers(b"Pid")
         group = status.numbers(b"NStgid") or status.numbers(b"Tgid")
         parent = status.numbers(b"PPid")
         if not thread or len(group) != len(thread) or len(parent) != 1:
             return
-        facts.pid_namespace = None
+        metadata.pid_namespace = None
         if len(thread) > 1:
-            facts.pid_namespace = pid_namespace(self.thread(), self.uid)
+            metadata.pid_namespace = pid_namespace(self.thread(), self.uid)
             if parent[0]:
                 parent = Status(parent[0]).numbers(b"NSpid") or parent
-        facts.pids = (group, thread, parent)
+        metadata.pids = (group, thread, parent)
 
     # --- descriptors
 

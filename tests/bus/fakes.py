@@ -14,7 +14,7 @@ from errno import EBADF, EINVAL, EMEDIUMTYPE, ENOMEM, ETXTBSY
 
 from kdbusfs.abi.errors import CommandError, Fault
 from kdbusfs.abi.numbers import AttachFlag
-from kdbusfs.bus.metadata import Capabilities, Facts, PidNamespace, UserNamespace
+from kdbusfs.bus.metadata import Capabilities, PidNamespace, ProcessMetadata, UserNamespace
 from kdbusfs.bus.peer import Credentials
 
 Buffer = bytes | bytearray | memoryview
@@ -189,7 +189,7 @@ class FakePeer:
         self.root_directory: object = HOME_ROOT
         self.processes = {self.tid: (self.tid,)}
         """What `find_process` finds."""
-        self.metadata = Facts()
+        self.metadata = ProcessMetadata()
         """What `gather` finds, credentials aside."""
         self.describe()
         self.gathered: Counter[AttachFlag] = Counter()
@@ -217,16 +217,16 @@ class FakePeer:
         return self.who.egid
 
     def describe(self) -> None:
-        facts = self.metadata
-        facts.pids = ((self.tid,), (self.tid,), (1,))
-        facts.tid_comm = b"thread"
-        facts.pid_comm = b"process"
-        facts.exe = b"/usr/bin/fake"
-        facts.cmdline = b"fake"
-        facts.cgroup = b"/fake"
-        facts.caps = Capabilities(LAST_CAPABILITY, 0, 1 << 15, 1 << 15, ALL_CAPABILITIES)
-        facts.seclabel = b"unconfined"
-        facts.audit = (7, self.who.uid)
+        metadata = self.metadata
+        metadata.pids = ((self.tid,), (self.tid,), (1,))
+        metadata.tid_comm = b"thread"
+        metadata.pid_comm = b"process"
+        metadata.exe = b"/usr/bin/fake"
+        metadata.cmdline = b"fake"
+        metadata.cgroup = b"/fake"
+        metadata.caps = Capabilities(LAST_CAPABILITY, 0, 1 << 15, 1 << 15, ALL_CAPABILITIES)
+        metadata.seclabel = b"unconfined"
+        metadata.audit = (7, self.who.uid)
 
     # --- memory
 
@@ -291,25 +291,25 @@ class FakePeer:
     def credentials(self) -> Credentials:
         return self.who
 
-    def gather(self, facts: Facts, kinds: int) -> None:
+    def gather(self, metadata: ProcessMetadata, kinds: int) -> None:
         mine, who = self.metadata, self.who
         for flag in AttachFlag:
             if flag & kinds:
                 self.gathered[flag] += 1
         if kinds & (AttachFlag.CREDS | AttachFlag.CAPS):
             uids = (who.uid, who.euid, who.uid, who.euid)
-            facts.creds = (*uids, who.gid, who.egid, who.gid, who.egid)
+            metadata.creds = (*uids, who.gid, who.egid, who.gid, who.egid)
         if kinds & AttachFlag.AUXGROUPS:
-            facts.groups = tuple(sorted(who.groups))
+            metadata.groups = tuple(sorted(who.groups))
         if kinds & AttachFlag.PIDS:
-            facts.pids = mine.pids
-            facts.pid_namespace = self.pids
+            metadata.pids = mine.pids
+            metadata.pid_namespace = self.pids
         if kinds & AttachFlag.CAPS:
-            facts.caps = mine.caps
-            facts.user_namespace = who.user_namespace
+            metadata.caps = mine.caps
+            metadata.user_namespace = who.user_namespace
         for name in ("tid_comm", "pid_comm", "exe", "cmdline", "cgroup", "seclabel", "audit"):
             if kinds & AttachFlag[name.upper()]:
-                setattr(facts, name, getattr(mine, name))
+                setattr(metadata, name, getattr(mine, name))
 
     def pid_namespace(self) -> PidNamespace:
         return self.pids

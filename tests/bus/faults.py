@@ -19,7 +19,7 @@ from bus import fakes
 from kdbusfs.abi.errors import CommandError, Stalled
 from kdbusfs.bus import peer
 from kdbusfs.bus.domain import Clock
-from kdbusfs.bus.metadata import Facts, PidNamespace, UserNamespace
+from kdbusfs.bus.metadata import PidNamespace, ProcessMetadata, UserNamespace
 from kdbusfs.bus.peer import Credentials
 from kdbusfs.bus.quota import User
 
@@ -99,7 +99,14 @@ class Faults:
 # --- the state of a bus
 
 _PLAIN = (int, float, str, bytes, bool, type(None), enum.Enum)
-_APART = (fakes.FakePeer, fakes.FakeClock, Credentials, Facts, UserNamespace, PidNamespace)
+_APART = (
+    fakes.FakePeer,
+    fakes.FakeClock,
+    Credentials,
+    ProcessMetadata,
+    UserNamespace,
+    PidNamespace,
+)
 """What the bus does not change."""
 _BURNT = {
     *("_seqnum", "_last_id", "_n_deadlines", "_next_ino"),

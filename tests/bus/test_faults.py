@@ -126,7 +126,7 @@ class World:
         self.target = bus.hello(**everything)
         self.other = bus.hello(**everything)
         self.inner = bus.hello(pool_size=POOL, recv=ATTACH_ALL)
-        self.inner.connection.reference = self.inner.connection.reference._replace(
+        self.inner.connection.viewer = self.inner.connection.viewer._replace(
             pid_namespace=PidNamespace((1, 2))
         )
         self.watcher = bus.hello(pool_size=POOL)

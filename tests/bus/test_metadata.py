@@ -72,8 +72,8 @@ def test_notifications_have_a_timestamp_and_nothing_else(bus: Bus, recv: int) ->
 
 def test_what_does_not_exist_is_left_out(bus: Bus) -> None:
     sender, client = bus.hello(), bus.hello(recv=ATTACH_ALL)
-    facts = sender.peer.metadata
-    facts.exe = facts.cmdline = facts.cgroup = facts.seclabel = facts.audit = None
+    metadata = sender.peer.metadata
+    metadata.exe = metadata.cmdline = metadata.cgroup = metadata.seclabel = metadata.audit = None
     sender.send(client)
     assert client.recv().types == [
         I.CREDS, I.PIDS, I.AUXGROUPS, I.TID_COMM, I.PID_COMM, I.CAPS, I.TIMESTAMP,

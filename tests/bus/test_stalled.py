@@ -16,7 +16,7 @@ from bus.fakes import Buffer, FakeMemory, FakePeer
 from bus.harness import ATTACH_ALL, SECOND, Bus, File, bloom_parameter, item, text, u64
 from kdbusfs.abi.errors import CommandError, Stalled
 from kdbusfs.abi.numbers import AttachFlag, HelloFlag, ItemType
-from kdbusfs.bus.metadata import Facts
+from kdbusfs.bus.metadata import ProcessMetadata
 
 I = ItemType  # noqa: E741
 A = "com.example.a"
@@ -51,9 +51,9 @@ class Slow(FakePeer):
         self._read()
         super().fill(memory, offset, segments)
 
-    def gather(self, facts: Facts, kinds: int) -> None:
+    def gather(self, metadata: ProcessMetadata, kinds: int) -> None:
         self._read()
-        super().gather(facts, kinds)
+        super().gather(metadata, kinds)
 
     def write(self, address: int, data: Buffer) -> None:
         if self.on_write:

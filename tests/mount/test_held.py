@@ -23,7 +23,7 @@ from kdbusfs.abi.errors import Fault, Stalled
 from kdbusfs.abi.numbers import AttachFlag, Command, MsgFlag, SendFlag
 from kdbusfs.bus.commands import COMMANDS, Row
 from kdbusfs.bus.domain import Domain
-from kdbusfs.bus.metadata import Facts
+from kdbusfs.bus.metadata import ProcessMetadata
 from kdbusfs.fuse import wire
 from kdbusfs.fuse.handles import Handles
 from kdbusfs.peer.memory import PoolMemory
@@ -63,7 +63,7 @@ ACCESSES: dict[str, Callable[[Process, int], object]] = {
     "is_killed": lambda p, _: p.is_killed(),
     "thread": lambda p, _: p.thread(),
     **{
-        f"gather {kind.name}": lambda p, _, kind=kind: p.gather(Facts(), int(kind))
+        f"gather {kind.name}": lambda p, _, kind=kind: p.gather(ProcessMetadata(), int(kind))
         for kind in AttachFlag
         # Those are not the process's.
         if kind not in (AttachFlag.TIMESTAMP, AttachFlag.NAMES, AttachFlag.CONN_DESCRIPTION)

@@ -36,7 +36,7 @@ import daemons
 from bus.harness import fails
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import AttachFlag
-from kdbusfs.bus.metadata import Facts, PidNamespace, Reference
+from kdbusfs.bus.metadata import PidNamespace, ProcessMetadata, Viewer
 from kdbusfs.peer import descriptors, namespaces, process, procfs
 from kdbusfs.peer.process import Process
 from kdbusfs.peer.table import TABLE
@@ -50,11 +50,11 @@ Operation = Callable[[Process], object]
 
 def gather(kinds: int) -> Operation:
     def operation(peer: Process) -> object:
-        facts = Facts()
-        peer.gather(facts, kinds)
-        facts.gathered |= kinds
-        reference = Reference(namespaces.OWN_USER, namespaces.OWN_PID, peer.root())
-        return facts.items(kinds, reference, peer)
+        metadata = ProcessMetadata()
+        peer.gather(metadata, kinds)
+        metadata.gathered |= kinds
+        viewer = Viewer(namespaces.OWN_USER, namespaces.OWN_PID, peer.root())
+        return metadata.items(kinds, viewer, peer)
 
     return operation
 
@@ -280,9 +280,9 @@ def test_capabilities_are_left_out_where_the_last_one_is_unknown(
     path.write_bytes(text)
     monkeypatch.setattr(procfs, "_LAST_CAPABILITY", path)
     monkeypatch.setattr(procfs, "_last_capability", None)
-    facts = Facts()
-    peer(os.getpid()).gather(facts, AttachFlag.CAPS)
-    assert facts.caps is None
+    metadata = ProcessMetadata()
+    peer(os.getpid()).gather(metadata, AttachFlag.CAPS)
+    assert metadata.caps is None
 
 
 def test_mounts_may_be_named_by_bytes_that_are_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
