@@ -2,10 +2,10 @@
 """Handle requests: OPEN, RELEASE, IOCTL, POLL, INTERRUPT, READ, WRITE.
 
 Each is answered in the router's thread, to the end, but for three kinds of ioctl: a synchronous
-SEND stays unanswered until the bus completes it, a call whose caller must be stopped by ptrace
-(descriptors to install, a system call to restart) is answered by a worker thread, and a command
-whose results stall by the thread that was the router when they did (`peer.stall`). All answers of
-ioctls go through `_send`, or else are granted by `Ioctls.settle` (fuse/ioctl.py).
+SEND stays unanswered until the bus completes it, a call whose caller must be stopped by ptrace, to
+get descriptors, is answered by a worker thread, and a command whose results stall by the thread
+that was the router when they did (`peer.stall`). All answers of ioctls go through `_send`, or else
+are granted by `Ioctls.settle` (fuse/ioctl.py).
 """
 
 from __future__ import annotations
@@ -78,6 +78,10 @@ _SOCKET_HEADER_LOST = Struct("=QQQ")
 """The same if some could not be sent: _LOST is set in how many, and their positions follow."""
 _LOST = 1 << 63
 _BY_SOCKET = frozenset({ExtensionCommand.RECV, ExtensionCommand.SEND})
+
+_ERESTARTSYS = 512
+"""In linux/errno.h, for the kernel alone: restart the call after a handler with SA_RESTART, or
+none; else EINTR."""
 
 _collect, _collected = CLOSERS.collect, CLOSERS.collected
 _unpack_request = wire.IOCTL_REQUEST.unpack_from
@@ -636,11 +640,12 @@ class Handles:
                 self._refuse(ioctl, EINTR)
 
     def _restart(self, ioctl: Ioctl) -> None:
-        uid, tid = ioctl.process.uid, ioctl.process.thread()
-        reply, _ = self._result(ioctl, EINTR)
-        answered = partial(self._traced_call, ioctl, EINTR)
-        if self._ioctls.settle(ioctl) and not self._tracer.restart(tid, uid, reply, answered):
-            self._write(reply)
+        """A signal has ended the wait: let the kernel decide, by its handler, whether the call is
+        made again or fails with EINTR. It hands the result of an ioctl on as it is, ERESTARTSYS
+        too, and the signal is pending for as long as the thread is in its call."""
+        reply, has_turn = self._result(ioctl, _ERESTARTSYS)
+        self._send(ioctl, reply, has_turn)
+        self._traced_call(ioctl, EINTR)
 
     # --- poll
 

@@ -9,7 +9,6 @@
  * kernel keeps all registers across a system call but the few given here.
  *
  *   ARCH_HAS_TRACER   descriptors can be installed
- *   ARCH_HAS_RESTART  the result of a call can be turned into a restart
  *   ARCH_AUDIT        what PTRACE_GET_SYSCALL_INFO calls the architecture
  *   arch_again()      make @regs those that make the same call again
  *   arch_nr(), arch_args(), arch_ip(), arch_sp()
@@ -32,7 +31,6 @@
 #if defined(__x86_64__) && defined(__LP64__)
 
 #define ARCH_HAS_TRACER 1
-#define ARCH_HAS_RESTART 1
 #define ARCH_AUDIT AUDIT_ARCH_X86_64
 
 static inline void arch_again(struct user_regs_struct *regs)
@@ -96,31 +94,9 @@ static inline bool arch_is_restart(const struct user_regs_struct *regs)
 	return (long)regs->orig_rax >= 0 && (long)regs->rax <= -512 && (long)regs->rax >= -516;
 }
 
-/*
- * Turn the result EINTR of the call that a thread is leaving into ERESTARTSYS. Its
- * number is still in orig_rax, and the kernel looks at both once it knows which
- * handler runs. PEEKUSER shows a 32-bit thread in the same layout.
- */
-static inline int arch_restart(pid_t tid)
-{
-	const size_t rax = offsetof(struct user_regs_struct, rax);
-	long result;
-
-	errno = 0;
-	result = ptrace(PTRACE_PEEKUSER, tid, rax, 0);
-	if (errno)
-		return -errno;
-	if ((int32_t)result != -EINTR)
-		return 0;
-	if (ptrace(PTRACE_POKEUSER, tid, rax, -512L /* ERESTARTSYS of linux/errno.h */) < 0)
-		return -errno;
-	return 0;
-}
-
 #elif defined(__aarch64__) && defined(__LP64__)
 
 #define ARCH_HAS_TRACER 1
-#define ARCH_HAS_RESTART 0
 #define ARCH_AUDIT AUDIT_ARCH_AARCH64
 
 /*
@@ -180,12 +156,6 @@ static inline bool arch_is_restart(const struct user_regs_struct *regs)
 {
 	(void)regs;
 	return false;
-}
-
-static inline int arch_restart(pid_t tid)
-{
-	(void)tid;
-	return -ENOSYS;
 }
 
 #else

@@ -6,15 +6,11 @@
  * PTRACE_SEIZE and PTRACE_INTERRUPT find the thread asleep in its call, where nothing
  * is seen of them but a FUSE_INTERRUPT. The reply then lets it go, and before it is
  * back in user mode, and before any signal is taken from its queue, it stops
- * (PTRACE_EVENT_STOP). There:
- *
- *  - kdbusfs_interrupt() changes the result of the call, no more.
- *
- *  - kdbusfs_install_begin() makes it run socket, recvfrom, recvmsg, sendto and close. The
- *    socket is duplicated into this process (pidfd_getfd), which connects it with one of its
- *    own, by names in a file system that nobody else sees. So the thread's namespaces do not
- *    matter, nobody else can send to it, and what its siblings do to the number of the socket
- *    costs nobody but them.
+ * (PTRACE_EVENT_STOP). There kdbusfs_install_begin() makes it run socket, recvfrom, recvmsg,
+ * sendto and close. The socket is duplicated into this process (pidfd_getfd), which connects it
+ * with one of its own, by names in a file system that nobody else sees. So the thread's
+ * namespaces do not matter, nobody else can send to it, and what its siblings do to the number
+ * of the socket costs nobody but them.
  *
  * How a call is run. The thread is sent back onto its own system call instruction, with its
  * own arguments, as if it made the same call again. Its siblings may put other code there, so
@@ -164,7 +160,6 @@ _Static_assert(sizeof(TracerRoom) == KDBUSFS_MIN_ROOM, "the room takes a header"
  * @abandoned:		the caller has gone, @reply, @fds and @numbers with it
  * @released:		the thread may be detached
  * @dead:		the thread is dead, even if wait(2) does not say so
- * @restart:		kdbusfs_interrupt() rather than kdbusfs_install_begin()
  * @start_ns:		when it began
  * @content:		of the room, as the thread is to find it
  * @strays:		descriptors whose close may wait
@@ -178,7 +173,6 @@ struct Tracer {
 	int error;
 	bool abandoned;
 	bool released;
-	bool restart;
 	_Atomic bool dead;
 
 	int device;
@@ -604,8 +598,8 @@ static int target_look(TracerTarget *t)
 	if (r < 0)
 		return r;
 	/*
-	 * Another architecture is a 32-bit call of a 64-bit thread. No FUSE reply asks for a restart,
-	 * but other calls than ioctl(2) do so on being interrupted.
+	 * Another architecture is a 32-bit call of a 64-bit thread. A reply that brings descriptors
+	 * asks for no restart, but other calls than ioctl(2) do so on being interrupted.
 	 */
 	if (info.arch != ARCH_AUDIT || arch_is_restart(&t->regs))
 		return -ENOEXEC;
@@ -1250,8 +1244,6 @@ static int tracer_run(Tracer *tracer)
 	 */
 	if (status >> 16 != PTRACE_EVENT_STOP)
 		target.signal = status >> 16 ? 0 : WSTOPSIG(status);
-	else if (tracer->restart)
-		arch_restart(tracer->tid);
 	else
 		tracer_run_calls(tracer, &target);
 
@@ -1570,38 +1562,6 @@ int32_t kdbusfs_install_end(struct kdbusfs_install *install, const void *content
 	return r;
 }
 
-int32_t kdbusfs_interrupt(int32_t device,
-			  const void *reply,
-			  uint64_t reply_size,
-			  int32_t tid,
-			  int32_t pidfd,
-			  uint64_t timeout_ns)
-{
-	_cleanup_(tracer_unrefp) Tracer *tracer = NULL;
-	pthread_t thread;
-	int r;
-
-	if (!ARCH_HAS_RESTART)
-		return -ENOSYS;
-	if (tid <= 0)
-		return -ESRCH;
-
-	r = tracer_new(&tracer, 0);
-	if (r < 0)
-		return r;
-	tracer->restart = true;
-	tracer->device = device;
-	tracer->reply = reply;
-	tracer->reply_size = reply_size;
-	tracer->tid = tid;
-	tracer->pidfd = pidfd;
-
-	r = tracer_start(tracer, &thread);
-	if (r < 0)
-		return r;
-	return tracer_wait(tracer, thread, timeout_ns);
-}
-
 #else /* ARCH_HAS_TRACER */
 
 int32_t kdbusfs_install_begin(struct kdbusfs_install *install,
@@ -1630,17 +1590,6 @@ int32_t kdbusfs_install_end(struct kdbusfs_install *install, const void *content
 {
 	(void)install, (void)content;
 	return 0;
-}
-
-int32_t kdbusfs_interrupt(int32_t device,
-			  const void *reply,
-			  uint64_t reply_size,
-			  int32_t tid,
-			  int32_t pidfd,
-			  uint64_t timeout_ns)
-{
-	(void)device, (void)reply, (void)reply_size, (void)tid, (void)pidfd, (void)timeout_ns;
-	return -ENOSYS;
 }
 
 void kdbusfs_tracer_hurry(uint32_t n_waiting)

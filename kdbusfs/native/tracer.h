@@ -114,28 +114,6 @@ int32_t kdbusfs_install_begin(struct kdbusfs_install *install,
 int32_t kdbusfs_install_end(struct kdbusfs_install *install, const void *content);
 
 /*
- * kdbusfs_interrupt() - end a call as the kernel ends one with ERESTARTSYS
- * @device:      where to write @reply
- * @reply:       makes the call of the thread fail with EINTR
- * @tid:         thread, which has a signal pending
- * @pidfd:       as above
- *
- * If a handler with SA_RESTART runs, or none at all, the thread makes the same call
- * again. If a handler without SA_RESTART runs, its call fails with EINTR.
- *
- * A reply that was written but did not end in a stop in time leaves plain EINTR.
- * aarch64 decides about restarts before a tracer sees the thread: -ENOSYS.
- *
- * Return: 0 with the reply written, else negative with the reply not written
- */
-int32_t kdbusfs_interrupt(int32_t device,
-			  const void *reply,
-			  uint64_t reply_size,
-			  int32_t tid,
-			  int32_t pidfd,
-			  uint64_t timeout_ns);
-
-/*
  * kdbusfs_tracer_hurry() - say how many others wait for a thread of the caller's
  *
  * While there are any, a thread that is late is given up after 100 ms. What the tracer needs for

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What only ptrace(2) can do to a caller: install descriptors, restart an interrupted call.
+"""What only ptrace(2) can do to a caller: install descriptors.
 
 native/tracer.c does it; here it is decided who does when. Each caller occupies a worker for as long
 as its thread takes to come out of its call, which is up to that thread, so each user has few of
@@ -147,8 +147,8 @@ class Installation:
 
 
 class Tracer:
-    """Answers requests on *device* in such a way that something is done to the thread that waits
-    for the answer. Each method returns whether it will answer, now or later."""
+    """Answers requests on *device* and puts descriptors into the thread that waits for the
+    answer."""
 
     def __init__(self, device: int) -> None:
         self._device = device
@@ -160,6 +160,7 @@ class Tracer:
         self._workers.close()
 
     def install(self, job: Installation) -> bool:
+        """Whether the request of *job* will be answered, now or later."""
         pidfd = _Pidfd(job.tid)
 
         def run() -> None:
@@ -170,29 +171,7 @@ class Tracer:
                 job.release()
                 job.answered()
 
-        return self._submit(job.uid, run, pidfd)
-
-    def restart(self, tid: int, uid: int, reply: bytes, answered: Callable[[], None]) -> bool:
-        """Answer with *reply*, which says EINTR, so that the kernel restarts the call where it
-        should."""
-        pidfd = _Pidfd(tid)
-
-        def run() -> None:
-            try:
-                error = lib.kdbusfs_interrupt(
-                    self._device, reply, len(reply), tid, pidfd.fd, _TIMEOUT_NS
-                )
-                if error:
-                    log.debug("plain EINTR for %d: %s", tid, os.strerror(-error))
-                    self._write(reply)
-            finally:
-                pidfd.close()
-                answered()
-
-        return self._submit(uid, run, pidfd)
-
-    def _submit(self, uid: int, job: Callable[[], None], pidfd: _Pidfd) -> bool:
-        if self._workers.submit(uid, job):
+        if self._workers.submit(job.uid, run):
             return True
         pidfd.close()
         return False

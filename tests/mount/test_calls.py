@@ -422,6 +422,19 @@ def test_a_handler_without_it_ends_the_call_which_can_be_resumed(
         assert caller.ended() == ("0", 3)
 
 
+def test_whatever_becomes_of_the_signals_calls_end_with_their_reply_or_eintr(
+    bus: Bus, target: Connection, programs: Path
+) -> None:
+    n = 100
+    with calling(programs, bus, target, "storm", str(n)) as caller:
+        for _ in range(3 * n):
+            target.reply(target.take())
+        assert set(caller.lines()) <= {"0", str(errno.EINTR)}
+        # Each was sent once.
+        with fails(errno.EAGAIN):
+            target.recv()
+
+
 def test_a_restarted_call_keeps_its_deadline(bus: Bus, target: Connection, programs: Path) -> None:
     start = time.monotonic()
     with calling(programs, bus, target, "once", "RESTART", milliseconds=300) as caller:

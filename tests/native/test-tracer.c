@@ -656,7 +656,6 @@ static int test_traced_already(void)
 	r = client_begin(&client, &install, fds, 1);
 	kdbusfs_install_end(&install, NULL);
 	check(r == -EPERM && !install.held);
-	check(kdbusfs_interrupt(client.device, "", 1, client.pid, -1, DEADLINE) < 0);
 	check(!client_is_answered(&client));
 	check(kill(tracer, SIGKILL) >= 0 && waitpid(tracer, &status, 0) == tracer);
 	check(write(client.device, "", 1) == 1);
@@ -773,58 +772,6 @@ static int test_kill(void)
 		check(waitpid(daemon, &status, 0) == daemon && status == 0);
 		status = client_end(&client);
 		check(status == 0 || (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL));
-	}
-	return 0;
-}
-
-/*
- * epoll_wait(2) is never restarted: it fails with EINTR at every signal, so it does as the call
- * that the reply made fail. The process is stopped first, so that the signal waits.
- */
-static int test_interrupt(void)
-{
-	static const struct {
-		int flags;
-		bool handled;
-		bool again;
-	} cases[] = { { 0, true, false }, { SA_RESTART, true, true }, { 0, false, true } };
-
-	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); ++i) {
-		Client client;
-		int r, status;
-
-		client_new(&client);
-		client.pid = client_fork(&client);
-		if (!client.pid) {
-			struct sigaction action = { .sa_handler = note_signal, .sa_flags = cases[i].flags };
-			struct epoll_event event = { .events = EPOLLIN };
-			int fd = epoll_create1(EPOLL_CLOEXEC), probe[2];
-
-			check(sigaction(SIGUSR1, &action, NULL) >= 0);
-			check(fd >= 0 && pipe(probe) >= 0);
-			check(epoll_ctl(fd, EPOLL_CTL_ADD, client.input, &event) >= 0);
-			r = epoll_wait(fd, &event, 1, -1);
-			client_shared->result = r < 0 ? -errno : r;
-			_exit(0);
-		}
-		await(state_of(client.pid) == 'S');
-		check(kill(client.pid, SIGSTOP) >= 0);
-		check(waitpid(client.pid, &status, WUNTRACED) == client.pid && WIFSTOPPED(status));
-		if (cases[i].handled)
-			check(kill(client.pid, SIGUSR1) >= 0);
-		r = kdbusfs_interrupt(client.device, "", 0, client.pid, -1, DEADLINE);
-		if (r == -ENOSYS) {
-			check(kill(client.pid, SIGKILL) >= 0);
-			client_end(&client);
-			return SKIP;
-		}
-		check(r == 0);
-		check(kill(client.pid, SIGCONT) >= 0);
-		if (cases[i].again) {
-			await(state_of(client.pid) == 'S' && client.shared->n_signals == cases[i].handled);
-			check(write(client.device, "", 1) == 1);
-		}
-		check(WEXITSTATUS(client_end(&client)) == 0);
 	}
 	return 0;
 }
@@ -1108,7 +1055,6 @@ static const struct {
 	{ "errors", test_errors },
 	{ "timeout", test_timeout },
 	{ "kill", test_kill },
-	{ "interrupt", test_interrupt },
 	{ "code", test_code },
 	{ "memory", test_memory },
 	{ "replaced", test_replaced },

@@ -9,6 +9,10 @@
  *        caller ENDPOINT ID threads N MILLISECONDS
  *            N threads with a call each, cookies 1 to N, on one connection. Prints "ready", and at
  *            the end N lines: cookie, errno, and the cookie_reply of the reply or 0.
+ *        caller ENDPOINT ID storm N MILLISECONDS
+ *            N calls one after the other in each of three threads, while signals are sent to the
+ *            process, handled, ignored, or taken by a thread of its own, whoever is first. Prints
+ *            "ready", and at the end each errno that came, once.
  *        caller ENDPOINT ID byebye - MILLISECONDS
  *            One call, while another thread says BYEBYE as soon as there is a byte on stdin. Prints
  *            the errno of the call and of BYEBYE.
@@ -19,6 +23,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -119,6 +124,77 @@ static int many(int n)
 	return 0;
 }
 
+static atomic_bool seen[1024], is_over;
+static int n_calls;
+
+static void *make_calls(void *argument)
+{
+	struct call call = { .cookie = (uintptr_t)argument };
+
+	for (int i = 0; i < n_calls; i++, call.cookie += 8) {
+		do {
+			make_call(&call);
+			seen[call.error & 1023] = true;
+		} while (call.error == EINTR);
+	}
+	return NULL;
+}
+
+static void *take_signals(void *argument)
+{
+	struct timespec moment = { 0, 100000 };
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGUSR1);
+	pthread_sigmask(SIG_BLOCK, &set, NULL);
+	while (!is_over)
+		sigtimedwait(&set, NULL, &moment);
+	return argument;
+}
+
+static void *send_signals(void *argument)
+{
+	struct sigaction actions[] = {
+		{ .sa_handler = on_signal },
+		{ .sa_handler = on_signal, .sa_flags = SA_RESTART },
+		{ .sa_handler = SIG_IGN },
+	};
+	struct timespec moment = { 0, 50000 };
+
+	for (unsigned int i = 0; !is_over; i++) {
+		sigaction(SIGUSR1, &actions[i / 3 % 3], NULL);
+		kill(getpid(), SIGUSR1);
+		nanosleep(&moment, NULL);
+	}
+	return argument;
+}
+
+static int storm(int n)
+{
+	struct sigaction ignore = { .sa_handler = SIG_IGN };
+	pthread_t threads[5];
+
+	n_calls = n;
+	sigaction(SIGUSR1, &ignore, NULL);
+	printf("ready\n");
+	fflush(stdout);
+	for (int i = 0; i < 5; i++) {
+		void *(*run)(void *) = i < 3 ? make_calls : i == 3 ? take_signals : send_signals;
+
+		if (pthread_create(&threads[i], NULL, run, (void *)(uintptr_t)(i + 1)))
+			return 1;
+	}
+	for (int i = 0; i < 5; i++) {
+		is_over = i >= 3;
+		pthread_join(threads[i], NULL);
+	}
+	for (int i = 0; i < 1024; i++)
+		if (seen[i])
+			printf("%d\n", i);
+	return 0;
+}
+
 static int leave(void)
 {
 	struct kdbus_cmd cmd = { .size = sizeof(cmd) };
@@ -159,5 +235,7 @@ int main(int argc, char **argv)
 		return once(argv[4]);
 	if (!strcmp(argv[3], "threads"))
 		return many(atoi(argv[4]));
+	if (!strcmp(argv[3], "storm"))
+		return storm(atoi(argv[4]));
 	return leave();
 }
