@@ -199,7 +199,7 @@ class Call(Argument):
         self.wait: Any = None
         """The reply this call waits for, while it is PENDING."""
         self.fds: Any = None
-        """Descriptors to install in the caller before it returns (message.Delivery), or None."""
+        """An FdTransfer: descriptors to install in the caller before it returns; or None."""
 
     def fetch(self, brought: Buffer) -> None:
         """Load and judge the argument. Whatever return_flags held, it counts as 0 from here on."""

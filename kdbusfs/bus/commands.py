@@ -144,9 +144,9 @@ def recv(connection: Connection, call: Call) -> int:
         raise CommandError(EINVAL, "DROP together with USE_PRIORITY")
     call.store = (16, 64)
     entry = connection.pick(I64.unpack_from(data, 24)[0] if flags & _USE_PRIORITY else None)
-    delivery = None
+    transfer = None
     if entry is not None and not flags & _DROP:
-        delivery = connection.publish(entry)
+        transfer = connection.publish(entry)
     # Nothing below can fail, but for the lack of a message.
     lost = connection.lost
     connection.lost = 0
@@ -161,9 +161,9 @@ def recv(connection: Connection, call: Call) -> int:
     if not flags & _PEEK:
         connection.queue.remove(entry)
         connection.discard(entry)
-        call.fds = delivery
-    elif delivery is not None:
-        delivery.release()
+        call.fds = transfer
+    elif transfer is not None:
+        transfer.release()
     U64x2.pack_into(data, 40, entry.slice.offset, entry.size)
     return 0
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .endpoint import Endpoint
     from .listing import Listing
     from .match import Match
-    from .message import Deliverable
+    from .message import Outgoing
     from .names import NameEntry, NamesView, Owner
     from .peer import Descriptor
     from .reply import Reply
@@ -61,7 +61,7 @@ class QueueEntry(Held):
         "payer",
     )
 
-    def __init__(self, receiver: Connection, message: Deliverable, slice_: Slice) -> None:
+    def __init__(self, receiver: Connection, message: Outgoing, slice_: Slice) -> None:
         self.receiver = receiver
         self.before: QueueEntry | None = None
         self.after: QueueEntry | None = None
@@ -187,7 +187,7 @@ class Loss(Step):
         pass
 
 
-class Delivery:
+class FdTransfer:
     """Descriptors on their way into the process that receives a message, and held until `release`.
 
     The numbers in the slice are -1 until `installed` is told better ones.
@@ -402,7 +402,7 @@ class Connection:
 
     # --- receiving
 
-    def stage(self, message: Deliverable) -> QueueEntry:
+    def stage(self, message: Outgoing) -> QueueEntry:
         """Copy *message* into the pool. ECONNRESET, ECOMM, ENOBUFS, EMFILE, EXFULL, EFAULT. To
         queue what is returned, or to give it up, is left to the caller and can't fail."""
         if not self.alive:
@@ -434,7 +434,7 @@ class Connection:
             raise
         return entry
 
-    def _keep(self, entry: QueueEntry, message: Deliverable, image: Buffer) -> Buffer:
+    def _keep(self, entry: QueueEntry, message: Outgoing, image: Buffer) -> Buffer:
         """Prepare *entry*, which was addressed to a name, for message migration.
 
         Header, items and metadata are kept in any case. The payload is kept, at the price of a
@@ -451,7 +451,7 @@ class Connection:
         entry.copy = content
         return content
 
-    def offer(self, message: Deliverable) -> Step:
+    def offer(self, message: Outgoing) -> Step:
         """Stage a broadcast, or a monitor's copy; one that can't be will count as lost."""
         try:
             return self.stage(message)
@@ -508,19 +508,19 @@ class Connection:
         for queued in self.queue:
             self.groups.setdefault(queued.name, []).append(queued)
 
-    def publish(self, entry: QueueEntry) -> Delivery | None:
+    def publish(self, entry: QueueEntry) -> FdTransfer | None:
         """Hand the slice to user space; returns the descriptors to install with it, if any, which
         are the caller's to release."""
-        delivery = None
+        transfer = None
         if entry.positions:
-            delivery = Delivery(self.pool, entry, bool(self.flags & ACCEPT_FD))
+            transfer = FdTransfer(self.pool, entry, bool(self.flags & ACCEPT_FD))
         try:
             self.pool.publish(entry.slice)
         except BaseException:
-            if delivery is not None:
-                delivery.release()
+            if transfer is not None:
+                transfer.release()
             raise
-        return delivery
+        return transfer
 
     def stage_moved(self, entry: QueueEntry, old: Connection) -> Slice:
         """Message migration: copy what is queued at *old*. ECOMM, ENOBUFS, EMFILE, EXFULL."""

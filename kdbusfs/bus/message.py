@@ -80,7 +80,7 @@ _NO_POSITIONS: list[int] = []
 _NO_ITEMS: list[Item] = []
 
 
-class Deliverable(Protocol):
+class Outgoing(Protocol):
     """What can be queued at a connection: a user's message, or a notification."""
 
     user: User

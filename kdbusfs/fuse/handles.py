@@ -38,7 +38,7 @@ from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
 from ..abi.structs import U32, U64
 from ..bus.call import PENDING, Call
-from ..bus.connection import Connection, Delivery
+from ..bus.connection import Connection, FdTransfer
 from ..bus.domain import Domain
 from ..bus.endpoint import Endpoint
 from ..bus.handle import Handle
@@ -133,18 +133,18 @@ class _Handover:
     stay until the collector comes by.
     """
 
-    __slots__ = ("_delivery", "_handles", "_ioctl", "_uid")
+    __slots__ = ("_transfer", "_handles", "_ioctl", "_uid")
 
-    def __init__(self, handles: Handles, ioctl: Ioctl, delivery: Delivery, uid: int) -> None:
+    def __init__(self, handles: Handles, ioctl: Ioctl, transfer: FdTransfer, uid: int) -> None:
         self._handles = handles
         self._ioctl = ioctl
-        self._delivery = delivery
+        self._transfer = transfer
         self._uid = uid
 
     def release(self) -> None:
         """Let go of the descriptors, and wait until they are closed."""
         _collect(self._uid)
-        self._delivery.release()
+        self._transfer.release()
         closing = _collected()
         if closing is not None:
             closing.wait()
@@ -152,7 +152,7 @@ class _Handover:
     def tell(self, numbers: list[int]) -> Buffer:
         """What is to be in the caller's struct when it has got *numbers*."""
         ioctl = self._ioctl
-        self._handles.put_return_flags(ioctl, self._delivery.installed(numbers))
+        self._handles.put_return_flags(ioctl, self._transfer.installed(numbers))
         self.release()
         return ioctl.data[: ioctl.store[1]]
 
@@ -493,14 +493,14 @@ class Handles:
 
     def _answer(self, ioctl: Ioctl, error: int, why: CommandError | None = None) -> None:
         """Store the results of *ioctl* in its caller's memory and let it go."""
-        delivery: Delivery | None = ioctl.fds
-        if delivery is not None:
+        transfer: FdTransfer | None = ioctl.fds
+        if transfer is not None:
             # The latest call is remembered, but must keep nobody's files open.
             ioctl.fds = None
             if not error:
-                self._deliver(ioctl, delivery)
+                self._deliver(ioctl, transfer)
                 return
-            delivery.release()
+            transfer.release()
         reply, has_turn = self._result(ioctl, error)
         self._send(ioctl, reply, has_turn)
         self._traced_call(ioctl, error, why)
@@ -525,25 +525,25 @@ class Handles:
 
     # --- descriptors for the caller
 
-    def _deliver(self, ioctl: Ioctl, delivery: Delivery) -> None:
+    def _deliver(self, ioctl: Ioctl, transfer: FdTransfer) -> None:
         connection = ioctl.file.handle.connection
         assert connection is not None
         if ioctl.code in _BY_SOCKET and isinstance(connection.fd_socket, FileDescriptor):
-            complete = self._send_fds(connection.fd_socket, delivery)
-            delivery.release()
-            self.put_return_flags(ioctl, 0 if complete and delivery.accepted else _INCOMPLETE)
+            complete = self._send_fds(connection.fd_socket, transfer)
+            transfer.release()
+            self.put_return_flags(ioctl, 0 if complete and transfer.accepted else _INCOMPLETE)
             reply, has_turn = self._result(ioctl, 0)
             self._send(ioctl, reply, has_turn)
             self._traced_call(ioctl, 0)
         else:
-            self._install(ioctl, delivery)
+            self._install(ioctl, transfer)
 
-    def _send_fds(self, to: FileDescriptor, delivery: Delivery) -> bool:
+    def _send_fds(self, to: FileDescriptor, transfer: FdTransfer) -> bool:
         """Send descriptors over a connection's own socket; False if it would not take them all."""
-        fds = [d.fd for d in delivery.descriptors if isinstance(d, FileDescriptor)]
+        fds = [d.fd for d in transfer.descriptors if isinstance(d, FileDescriptor)]
         if not fds:
             return True
-        offset = delivery.slice.offset
+        offset = transfer.slice.offset
         try:
             to.send(_SOCKET_HEADER.pack(offset, len(fds)), fds)
         except BlockingIOError as error:
@@ -573,7 +573,7 @@ class Handles:
         """Set msg.return_flags (RECV) or reply.return_flags (SEND)."""
         U64.pack_into(call.data, call.store[1] - 8, flags)
 
-    def _install(self, ioctl: Ioctl, delivery: Delivery) -> None:
+    def _install(self, ioctl: Ioctl, transfer: FdTransfer) -> None:
         """Have the call answered, and descriptors put into its caller's table."""
         # As long as it is held: the store below may stall, and be killed.
         uid, tid = ioctl.process.uid, ioctl.process.thread()
@@ -581,8 +581,8 @@ class Handles:
         self.put_return_flags(ioctl, _INCOMPLETE)
         reply, _ = self._result(ioctl, 0)
         content = ioctl.data[: ioctl.store[1]]
-        fds = [d.fd for d in delivery.descriptors if isinstance(d, FileDescriptor)]
-        handover = _Handover(self, ioctl, delivery, uid)
+        fds = [d.fd for d in transfer.descriptors if isinstance(d, FileDescriptor)]
+        handover = _Handover(self, ioctl, transfer, uid)
         job = Installation(
             tid,
             uid,
@@ -595,7 +595,7 @@ class Handles:
             partial(self._traced_call, ioctl, 0),
         )
         if not self._ioctls.settle(ioctl):
-            delivery.release()
+            transfer.release()
         elif not self._tracer.install(job):
             self._write(reply)
 
