@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What each command takes and gives: its struct, flags and items.
 
-One `Form` per command, and one for the message that SEND points at. The direction bits in an
+One `CommandSpec` per command, and one for the message that SEND points at. The direction bits in an
 ioctl's number say nothing about the real flow: every command reads its struct and items, and
 every command writes at least return_flags.
 """
@@ -10,7 +10,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from . import structs
-from .items import Accept, accept
+from .items import ItemRule, item_rules
 from .numbers import (
     Command,
     ExtensionCommand,
@@ -28,30 +28,30 @@ from .numbers import (
 _I = ItemType
 
 
-class Form(NamedTuple):
-    """The form of a command's argument."""
+class CommandSpec(NamedTuple):
+    """What a command's argument may hold."""
 
     name: str
     size: int
     """Bytes of the fixed struct; items start behind it."""
     flags: int
     """The flags it allows, as they come back from negotiation."""
-    items: dict[int, Accept]
+    items: dict[int, ItemRule]
     mandatory: frozenset[int]
     tolerated: int
     """Flags that are accepted without being allowed, and ignored."""
 
 
-def _form(
+def _spec(
     name: str,
     struct: Struct,
     flags: int = 0,
-    items: dict[int, Accept] | None = None,
+    items: dict[int, ItemRule] | None = None,
     tolerated: int = 0,
-) -> Form:
-    items = accept() if items is None else items
+) -> CommandSpec:
+    items = item_rules() if items is None else items
     mandatory = frozenset(t for t, rule in items.items() if rule.mandatory)
-    return Form(name, struct.size, int(flags), items, mandatory, int(tolerated))
+    return CommandSpec(name, struct.size, int(flags), items, mandatory, int(tolerated))
 
 
 def _all(family: type) -> int:
@@ -61,73 +61,73 @@ def _all(family: type) -> int:
     return mask
 
 
-MESSAGE = _form(
+MESSAGE = _spec(
     "message",
     structs.MSG,
     _all(MsgFlag),
-    accept(
+    item_rules(
         single=(_I.FDS, _I.BLOOM_FILTER, _I.DST_NAME),
         repeated=(_I.PAYLOAD_VEC, _I.PAYLOAD_MEMFD),
     ),
 )
 """struct kdbus_msg as SEND finds it at msg_address."""
 
-_SEND = _form("SEND", structs.CMD_SEND, _all(SendFlag), accept(single=(_I.CANCEL_FD,)))
-_RECV = _form("RECV", structs.CMD_RECV, _all(RecvFlag))
+_SEND = _spec("SEND", structs.CMD_SEND, _all(SendFlag), item_rules(single=(_I.CANCEL_FD,)))
+_RECV = _spec("RECV", structs.CMD_RECV, _all(RecvFlag))
 
-FORMS: dict[int, Form] = {
-    Command.BUS_MAKE: _form(
+COMMAND_SPECS: dict[int, CommandSpec] = {
+    Command.BUS_MAKE: _spec(
         "BUS_MAKE",
         structs.CMD,
         _all(MakeFlag),
-        accept(single=(_I.ATTACH_FLAGS_SEND,), mandatory=(_I.MAKE_NAME, _I.BLOOM_PARAMETER)),
+        item_rules(single=(_I.ATTACH_FLAGS_SEND,), mandatory=(_I.MAKE_NAME, _I.BLOOM_PARAMETER)),
     ),
-    Command.ENDPOINT_MAKE: _form(
-        "ENDPOINT_MAKE", structs.CMD, _all(MakeFlag), accept(mandatory=(_I.MAKE_NAME,))
+    Command.ENDPOINT_MAKE: _spec(
+        "ENDPOINT_MAKE", structs.CMD, _all(MakeFlag), item_rules(mandatory=(_I.MAKE_NAME,))
     ),
-    Command.ENDPOINT_UPDATE: _form(
-        "ENDPOINT_UPDATE", structs.CMD, 0, accept(repeated=(_I.NAME, _I.POLICY_ACCESS))
+    Command.ENDPOINT_UPDATE: _spec(
+        "ENDPOINT_UPDATE", structs.CMD, 0, item_rules(repeated=(_I.NAME, _I.POLICY_ACCESS))
     ),
-    Command.HELLO: _form(
+    Command.HELLO: _spec(
         "HELLO",
         structs.CMD_HELLO,
         _all(HelloFlag),
-        accept(
+        item_rules(
             single=(_I.NAME, _I.CREDS, _I.PIDS, _I.SECLABEL, _I.CONN_DESCRIPTION),
             repeated=(_I.POLICY_ACCESS,),
         ),
     ),
-    Command.UPDATE: _form(
+    Command.UPDATE: _spec(
         "UPDATE",
         structs.CMD,
         0,
-        accept(
+        item_rules(
             single=(_I.ATTACH_FLAGS_SEND, _I.ATTACH_FLAGS_RECV),
             repeated=(_I.NAME, _I.POLICY_ACCESS),
         ),
     ),
-    Command.BYEBYE: _form("BYEBYE", structs.CMD),
-    Command.FREE: _form("FREE", structs.CMD_FREE),
-    Command.CONN_INFO: _form("CONN_INFO", structs.CMD_INFO, 0, accept(single=(_I.NAME,))),
-    Command.BUS_CREATOR_INFO: _form("BUS_CREATOR_INFO", structs.CMD_INFO),
-    Command.LIST: _form("LIST", structs.CMD_LIST, _all(ListFlag)),
+    Command.BYEBYE: _spec("BYEBYE", structs.CMD),
+    Command.FREE: _spec("FREE", structs.CMD_FREE),
+    Command.CONN_INFO: _spec("CONN_INFO", structs.CMD_INFO, 0, item_rules(single=(_I.NAME,))),
+    Command.BUS_CREATOR_INFO: _spec("BUS_CREATOR_INFO", structs.CMD_INFO),
+    Command.LIST: _spec("LIST", structs.CMD_LIST, _all(ListFlag)),
     Command.SEND: _SEND,
     Command.RECV: _RECV,
-    Command.NAME_ACQUIRE: _form(
+    Command.NAME_ACQUIRE: _spec(
         "NAME_ACQUIRE",
         structs.CMD,
         NameFlag.REPLACE_EXISTING | NameFlag.ALLOW_REPLACEMENT | NameFlag.QUEUE,
-        accept(mandatory=(_I.NAME,)),
+        item_rules(mandatory=(_I.NAME,)),
         # Programs of the time hand the flags that came back straight in again, see
         # docs/conformance.md.
         tolerated=NameFlag.PRIMARY | NameFlag.ACQUIRED,
     ),
-    Command.NAME_RELEASE: _form("NAME_RELEASE", structs.CMD, 0, accept(mandatory=(_I.NAME,))),
-    Command.MATCH_ADD: _form(
+    Command.NAME_RELEASE: _spec("NAME_RELEASE", structs.CMD, 0, item_rules(mandatory=(_I.NAME,))),
+    Command.MATCH_ADD: _spec(
         "MATCH_ADD",
         structs.CMD_MATCH,
         _all(MatchFlag),
-        accept(
+        item_rules(
             repeated=(
                 _I.BLOOM_MASK,
                 _I.NAME,
@@ -141,8 +141,8 @@ FORMS: dict[int, Form] = {
             )
         ),
     ),
-    Command.MATCH_REMOVE: _form("MATCH_REMOVE", structs.CMD_MATCH),
-    ExtensionCommand.FD_SOCKET: _form("FD_SOCKET", structs.CMD_FD_SOCKET),
+    Command.MATCH_REMOVE: _spec("MATCH_REMOVE", structs.CMD_MATCH),
+    ExtensionCommand.FD_SOCKET: _spec("FD_SOCKET", structs.CMD_FD_SOCKET),
     ExtensionCommand.RECV: _RECV._replace(name="RECV+"),
     ExtensionCommand.SEND: _SEND._replace(name="SEND+"),
 }

@@ -32,7 +32,7 @@ class Item(NamedTuple):
     """Bytes of payload, without the header and without padding."""
 
 
-class Accept(NamedTuple):
+class ItemRule(NamedTuple):
     """How a command takes one type of item."""
 
     check: Callable[[Buffer, int, int], None] | None
@@ -127,19 +127,19 @@ _CHECKS: dict[ItemType, Callable[[Buffer, int, int], None] | None] = {
 }
 
 
-def accept(
+def item_rules(
     single: Iterable[ItemType] = (),
     repeated: Iterable[ItemType] = (),
     mandatory: Iterable[ItemType] = (),
-) -> dict[int, Accept]:
+) -> dict[int, ItemRule]:
     """Say which items a command takes; NEGOTIATE is taken by every one."""
-    rules = {int(t): Accept(_CHECKS[t], False, False) for t in (ItemType.NEGOTIATE, *single)}
-    rules |= {int(t): Accept(_CHECKS[t], True, False) for t in repeated}
-    rules |= {int(t): Accept(_CHECKS[t], False, True) for t in mandatory}
+    rules = {int(t): ItemRule(_CHECKS[t], False, False) for t in (ItemType.NEGOTIATE, *single)}
+    rules |= {int(t): ItemRule(_CHECKS[t], True, False) for t in repeated}
+    rules |= {int(t): ItemRule(_CHECKS[t], False, True) for t in mandatory}
     return rules
 
 
-def walk(data: Buffer, start: int, end: int, accepted: dict[int, Accept]) -> list[Item]:
+def walk(data: Buffer, start: int, end: int, accepted: dict[int, ItemRule]) -> list[Item]:
     """Find the items of *data*[*start*:*end*], *start* being a multiple of 8.
 
     Raises EINVAL for an item that does not fit, whose type is not in *accepted*, or that comes

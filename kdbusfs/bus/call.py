@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A command's argument: fetched from the caller, judged against its form, written back.
+"""A command's argument: fetched from the caller, judged against its spec, written back.
 
 The steps and their order are those of kdbus's own parser; the same one serves commands and the
 message that SEND points at. What fails before the struct was read in full leaves the caller's
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from errno import EFAULT, EINVAL, EMSGSIZE
 from typing import Any
 
-from ..abi.commands import Form
+from ..abi.commands import CommandSpec
 from ..abi.errors import CommandError, Fault
 from ..abi.items import Buffer, Item, walk
 from ..abi.numbers import FLAG_NEGOTIATE, ItemType, Limit
@@ -57,10 +57,10 @@ class Held(Step):
 class Argument:
     """A struct with items behind it, in the caller's memory at *address*."""
 
-    __slots__ = ("form", "peer", "address", "data", "flags", "items", "negotiating")
+    __slots__ = ("spec", "peer", "address", "data", "flags", "items", "negotiating")
 
-    def __init__(self, form: Form, peer: Peer, address: int) -> None:
-        self.form = form
+    def __init__(self, spec: CommandSpec, peer: Peer, address: int) -> None:
+        self.spec = spec
         self.peer = peer
         self.address = address
         self.data = _NO_DATA
@@ -72,17 +72,17 @@ class Argument:
     def load(self, brought: Buffer, ahead: int = 0) -> None:
         """Fetch all of the argument. *brought* is what came with the request, if anything;
         *ahead* how much to read at once in the hope that it is all."""
-        address, form = self.address, self.form
+        address, spec = self.address, self.spec
         if address & 7:
             raise CommandError(EFAULT, "argument is not aligned to 8 bytes")
-        if len(brought) >= form.size:
+        if len(brought) >= spec.size:
             data = bytearray(brought)
         else:
-            data = self.peer.read_some(address, ahead or form.size)
+            data = self.peer.read_some(address, ahead or spec.size)
             if len(data) < 8:
                 raise Fault()
         (size,) = _unpack_u64(data, 0)
-        if size < form.size:
+        if size < spec.size:
             raise CommandError(EINVAL, "size is less than the struct's")
         if size > _MAX_SIZE:
             raise CommandError(EMSGSIZE, f"size {size}")
@@ -96,29 +96,29 @@ class Argument:
 
     def judge(self) -> None:
         """Check flags and items, and negotiate where that is asked for."""
-        form, data = self.form, self.data
+        spec, data = self.spec, self.data
         (flags,) = _unpack_u64(data, 8)
-        if flags & ~(form.flags | form.tolerated):
-            if flags & ~(form.flags | form.tolerated | FLAG_NEGOTIATE):
+        if flags & ~(spec.flags | spec.tolerated):
+            if flags & ~(spec.flags | spec.tolerated | FLAG_NEGOTIATE):
                 raise CommandError(EINVAL, "unknown flags")
             self.negotiating = True
-        self.flags = flags & form.flags
-        if len(data) > form.size:
-            self.items = walk(data, form.size, len(data), form.items)
+        self.flags = flags & spec.flags
+        if len(data) > spec.size:
+            self.items = walk(data, spec.size, len(data), spec.items)
             for item in self.items:
                 if item[0] == _NEGOTIATE:
                     self._negotiate_items(item)
         if self.negotiating:
-            U64.pack_into(data, 8, form.flags)
+            U64.pack_into(data, 8, spec.flags)
             self.peer.write(self.address + 8, data[8:16])
-        elif form.mandatory:
-            missing = form.mandatory - {item.type for item in self.items}
+        elif spec.mandatory:
+            missing = spec.mandatory - {item.type for item in self.items}
             if missing:
-                raise CommandError(EINVAL, f"{form.name} lacks item {min(missing):#x}")
+                raise CommandError(EINVAL, f"{spec.name} lacks item {min(missing):#x}")
 
     def _negotiate_items(self, item: Item) -> None:
         for at in range(item.start, item.start + item.size, 8):
-            if _unpack_u64(self.data, at)[0] not in self.form.items:
+            if _unpack_u64(self.data, at)[0] not in self.spec.items:
                 U64.pack_into(self.data, at, 0)
                 self.peer.write(self.address + at, bytes(8))
 
@@ -170,13 +170,13 @@ class Call(Argument):
     def __init__(
         self,
         code: int,
-        form: Form,
+        spec: CommandSpec,
         peer: Peer,
         address: int,
         complete: Callable[[Call, int], None] | None = None,
     ) -> None:
         # Argument's part, said again: a call of super().__init__ would cost as much as it does.
-        self.form = form
+        self.spec = spec
         self.peer = peer
         self.address = address
         self.data = _NO_DATA

@@ -27,7 +27,7 @@ from stat import S_IFDIR, S_IFREG
 from typing import NamedTuple
 
 from ..abi import structs
-from ..abi.commands import FORMS
+from ..abi.commands import COMMAND_SPECS
 from ..abi.errors import CommandError, Stalled
 from ..abi.items import build
 from ..abi.names import is_policy_name
@@ -482,13 +482,15 @@ _MOVES: dict[tuple[HandleState, int], Move] = {
     ),
 }
 
-_NEGOTIATES_MORE = frozenset(code for code, form in FORMS.items() if form.name.startswith("SEND"))
+_NEGOTIATES_MORE = frozenset(
+    code for code, spec in COMMAND_SPECS.items() if spec.name.startswith("SEND")
+)
 """SEND has the message to negotiate about, too."""
 
 
 def is_command(code: int) -> bool:
     """Whether *code* is a command at all; ENOTTY if not, on whatever handle."""
-    return code in FORMS
+    return code in COMMAND_SPECS
 
 
 def _no_memory(size: int) -> Memory:

@@ -32,7 +32,7 @@ from select import POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
 from struct import Struct
 from typing import Protocol
 
-from ..abi.commands import FORMS
+from ..abi.commands import COMMAND_SPECS
 from ..abi.errors import CommandError, Stalled
 from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
@@ -354,15 +354,15 @@ class Handles:
 
     def _accept(self, request: memoryview) -> Ioctl | None:
         unique, uid, gid, tid, fh, flags, code, address, _ = _unpack_request(request)
-        form = FORMS.get(code)
+        spec = COMMAND_SPECS.get(code)
         file = self._files.get(fh)
         # The fh of a directory is pyfuse3's, and may be the same number as one of ours.
-        if form is None or file is None or flags & wire.IOCTL_DIR:
+        if spec is None or file is None or flags & wire.IOCTL_DIR:
             self._reply(unique, ENOTTY)
             self._traced("IOCTL", (uid, gid, tid), ENOTTY, f"{code:#x} fh={fh}")
             return None
         process = Process(tid, uid, gid, self._watcher)
-        ioctl = Ioctl(unique, file, code, form, process, address, self._complete)
+        ioctl = Ioctl(unique, file, code, spec, process, address, self._complete)
         self._ioctls.enter(ioctl)
         if self._interrupted and unique in self._interrupted:
             ioctl.interrupted = True
@@ -418,7 +418,7 @@ class Handles:
         if isinstance(error, CommandError):
             number = error.errno
         else:
-            log.exception("ERROR: %s failed", ioctl.form.name)
+            log.exception("ERROR: %s failed", ioctl.spec.name)
         self._refuse(ioctl, number)
 
     def _refuse(self, ioctl: Ioctl, error: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ..abi.commands import Form
+from ..abi.commands import CommandSpec
 from ..bus.call import Call
 from ..peer.process import Process
 
@@ -39,12 +39,12 @@ class Ioctl(Call):
         unique: int,
         file: OpenFile,
         code: int,
-        form: Form,
+        spec: CommandSpec,
         process: Process,
         address: int,
         complete: Callable[[Call, int], None],
     ) -> None:
-        super().__init__(code, form, process, address, complete)
+        super().__init__(code, spec, process, address, complete)
         self.unique = unique
         self.file = file
         self.process = process

@@ -81,4 +81,4 @@ class Trace:
             if returned:
                 words.append(f"return_flags={returned:#x}")
         peer = call.peer
-        self.line(call.form.name, (peer.uid, peer.gid, peer.tid), error, " ".join(words), why)
+        self.line(call.spec.name, (peer.uid, peer.gid, peer.tid), error, " ".join(words), why)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdbusfs.abi import items
-from kdbusfs.abi.commands import FORMS, MESSAGE
+from kdbusfs.abi.commands import COMMAND_SPECS, MESSAGE
 from kdbusfs.abi.errors import CommandError
-from kdbusfs.abi.items import Accept, accept, walk
+from kdbusfs.abi.items import ItemRule, item_rules, walk
 from kdbusfs.abi.names import is_policy_name, is_sysname, is_well_known
 from kdbusfs.abi.numbers import ItemType
 
@@ -29,13 +29,13 @@ def padded(type_: int, payload: bytes = b"", pad: bytes = b"\xaa") -> bytes:
     return raw(type_, payload) + pad * (-len(payload) & 7)
 
 
-def walked(chain: bytes, accepted: dict[int, Accept]) -> list[tuple[int, bytes]]:
+def walked(chain: bytes, accepted: dict[int, ItemRule]) -> list[tuple[int, bytes]]:
     data = b"\xff" * START + chain
     found = walk(data, START, len(data), accepted)
     return [(i.type, data[i.start : i.start + i.size]) for i in found]
 
 
-def errno_of(chain: bytes, accepted: dict[int, Accept]) -> int:
+def errno_of(chain: bytes, accepted: dict[int, ItemRule]) -> int:
     try:
         walked(chain, accepted)
     except CommandError as error:
@@ -43,7 +43,7 @@ def errno_of(chain: bytes, accepted: dict[int, Accept]) -> int:
     return 0
 
 
-ANY = accept(repeated=(I.BLOOM_MASK, I.ID), single=(I.NAME,))
+ANY = item_rules(repeated=(I.BLOOM_MASK, I.ID), single=(I.NAME,))
 
 
 def test_an_empty_chain_has_no_items() -> None:
@@ -96,7 +96,7 @@ def test_contents_are_judged_before_repetition() -> None:
     assert errno_of(first + padded(I.MAKE_NAME, b"a" * 64 + b"\0"), MAKE.items) == ENAMETOOLONG
 
 
-MAKE = FORMS[0x40189500]
+MAKE = COMMAND_SPECS[0x40189500]
 STRING = [
     (b"a\0", 0),
     (b"\0", 0),
@@ -193,18 +193,18 @@ CONTENTS: dict[ItemType, list[tuple[bytes, int]]] = {
     ids=lambda value: value.name if isinstance(value, ItemType) else repr(value)[:24],
 )
 def test_an_item_holds_what_its_type_asks_for(type_: ItemType, payload: bytes, errno: int) -> None:
-    assert errno_of(padded(type_, payload), accept(single=(type_,))) == errno
+    assert errno_of(padded(type_, payload), item_rules(single=(type_,))) == errno
 
 
 def test_every_item_a_command_takes_is_in_the_table() -> None:
-    taken = {t for form in (*FORMS.values(), MESSAGE) for t in form.items}
+    taken = {t for spec in (*COMMAND_SPECS.values(), MESSAGE) for t in spec.items}
     assert taken == set(CONTENTS)
 
 
 # --- the walk against a plain reading of the rules
 
 
-def reference(chain: bytes, accepted: dict[int, Accept]) -> list[tuple[int, bytes]] | None:
+def reference(chain: bytes, accepted: dict[int, ItemRule]) -> list[tuple[int, bytes]] | None:
     """The items of *chain*, or None if it is malformed; written for plainness."""
     found: list[tuple[int, bytes]] = []
     cursor = 0

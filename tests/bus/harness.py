@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bus.fakes import HOME_USERS, FakeClock, FakeMemory, FakePeer
-from kdbusfs.abi.commands import FORMS
+from kdbusfs.abi.commands import COMMAND_SPECS
 from kdbusfs.abi.errors import CommandError, Fault, Stalled
 from kdbusfs.abi.numbers import ATTACH_ALL, ID_ANY, Command, HelloFlag, ItemType, MsgFlag, SendFlag
 from kdbusfs.bus.bus import Bus as CoreBus
@@ -206,7 +206,7 @@ class Pending:
     def renew(self) -> None:
         """Start from the beginning."""
         call = self.call
-        self.call = Call(call.code, call.form, call.peer, call.address)
+        self.call = Call(call.code, call.spec, call.peer, call.address)
         self.call.complete = self._complete
 
     def _complete(self, call: Call, error: int) -> None:
@@ -232,7 +232,7 @@ class Pending:
         return self.error is None
 
     def struct(self) -> bytes:
-        return self.file.peer.read(self.call.address, self.call.form.size)
+        return self.file.peer.read(self.call.address, self.call.spec.size)
 
     @property
     def reply(self) -> Received:
@@ -279,8 +279,8 @@ class File:
 
     def start(self, code: int, address: int) -> Pending:
         """Begin a command; it may have ended already."""
-        assert code in FORMS
-        pending = Pending(self, Call(code, FORMS[code], self.peer, address))
+        assert code in COMMAND_SPECS
+        pending = Pending(self, Call(code, COMMAND_SPECS[code], self.peer, address))
         try:
             self._execute(pending)
         except Stalled:

@@ -86,7 +86,7 @@ class Faulty:
         pending: Pending = complete.__self__  # type: ignore[union-attr]
         before = self._world.state()
         for at in count():
-            attempt = Call(call.code, call.form, call.peer, call.address, complete)
+            attempt = Call(call.code, call.spec, call.peer, call.address, complete)
             pending.call = attempt
             with FAULTS.armed(self._kind, at):
                 try:

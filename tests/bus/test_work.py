@@ -23,7 +23,7 @@ from bus.harness import (
     parse_items,
     u64,
 )
-from kdbusfs.abi.commands import FORMS
+from kdbusfs.abi.commands import COMMAND_SPECS
 from kdbusfs.abi.numbers import Command, ListFlag, NameFlag, PolicyAccess, PolicyType
 from kdbusfs.bus.bus import Bus as CoreBus
 from kdbusfs.bus.call import PENDING, Call
@@ -255,7 +255,7 @@ class Listing:
 
 def client_call(client: Client, flags: int) -> Call:
     address = client.peer.put(command(flags, fields=u64(0, 0)))
-    return Call(Command.LIST, FORMS[Command.LIST], client.peer, address)
+    return Call(Command.LIST, COMMAND_SPECS[Command.LIST], client.peer, address)
 
 
 def expected(clients: list[Client]) -> list[tuple[int, bytes, int]]:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from bus.fakes import FakeFile, FakePeer
 from bus.harness import FakeDomain, File, u64
-from kdbusfs.abi.commands import FORMS
+from kdbusfs.abi.commands import COMMAND_SPECS
 from kdbusfs.abi.numbers import ItemType
 
-CODES = sorted(FORMS)
+CODES = sorted(COMMAND_SPECS)
 TYPES = [int(type_) for type_ in ItemType]
 EDGES = [0, 1, 7, 8, 16, 24, 4096, 32768, 1 << 31, 1 << 32, 1 << 63, (1 << 64) - 8, (1 << 64) - 1]
 STRINGS = [b"a.b\0", b"a.*\0", b"1000-x\0", b"a.b", b"\0", b"a\0b\0", b"com.example." + b"x" * 250]
@@ -54,8 +54,9 @@ def steps(draw: st.DrawFn) -> tuple[str, int, int, bytes, bytes]:
     """What to do, with which file, by which command, with which argument and message."""
     what = draw(st.sampled_from(["open", "close", "poll", *["command"] * 8]))
     code = draw(st.sampled_from(CODES))
-    argument = draw(st.one_of(structs(FORMS[code].size), structs(FORMS[code].size), st.binary()))
-    is_send = FORMS[code].name.startswith("SEND")
+    spec = COMMAND_SPECS[code]
+    argument = draw(st.one_of(structs(spec.size), structs(spec.size), st.binary()))
+    is_send = spec.name.startswith("SEND")
     message = draw(structs(64)) if is_send and draw(st.integers(0, 7)) else b""
     return what, draw(st.integers(0, 15)), code, argument, message
 
