@@ -2,7 +2,7 @@
 """Reading and building items (kdbus.item(7)): the only place that walks a chain.
 
 A chain is a run of items behind a command's struct or a message's header, each
-{u64 size, u64 type, payload}, each starting at a multiple of 8. Sizes are judged here, once,
+{u64 size, u64 type, payload}, each starting at a multiple of 8. Sizes are checked here, once,
 before anything is used; the bytes between items are neither read nor checked.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A command's argument: fetched from the caller, judged against its spec, written back.
+"""A command's argument: fetched from the caller, validated against its spec, written back.
 
 The steps and their order are those of kdbus's own parser; the same one serves commands and the
 message that SEND points at. What fails before the struct was read in full leaves the caller's
@@ -69,16 +69,16 @@ class Argument:
         self.items: list[Item] = _NO_ITEMS
         self.negotiating = False
 
-    def load(self, brought: Buffer, ahead: int = 0) -> None:
-        """Fetch all of the argument. *brought* is what came with the request, if anything;
-        *ahead* how much to read at once in the hope that it is all."""
+    def load(self, inline: Buffer, prefetch: int = 0) -> None:
+        """Fetch all of the argument. *inline* is what came with the request, if anything;
+        *prefetch* how much to read at once in the hope that it is all."""
         address, spec = self.address, self.spec
         if address & 7:
             raise CommandError(EFAULT, "argument is not aligned to 8 bytes")
-        if len(brought) >= spec.size:
-            data = bytearray(brought)
+        if len(inline) >= spec.size:
+            data = bytearray(inline)
         else:
-            data = self.peer.read_some(address, ahead or spec.size)
+            data = self.peer.read_some(address, prefetch or spec.size)
             if len(data) < 8:
                 raise Fault()
         (size,) = _unpack_u64(data, 0)
@@ -94,7 +94,7 @@ class Argument:
             del data[size:]
         self.data = data
 
-    def judge(self) -> None:
+    def validate(self) -> None:
         """Check flags and items, and negotiate where that is asked for."""
         spec, data = self.spec, self.data
         (flags,) = _unpack_u64(data, 8)
@@ -201,12 +201,12 @@ class Call(Argument):
         self.fds: Any = None
         """An FdTransfer: descriptors to install in the caller before it returns; or None."""
 
-    def fetch(self, brought: Buffer) -> None:
-        """Load and judge the argument. Whatever return_flags held, it counts as 0 from here on."""
-        self.load(brought)
+    def fetch(self, inline: Buffer) -> None:
+        """Load and validate the argument. Whatever return_flags held, it is 0 from here on."""
+        self.load(inline)
         _pack_u64(self.data, 16, 0)
         self.read = True
-        self.judge()
+        self.validate()
 
     def begin(self, step: Step) -> None:
         """Leave *step* to `commit` or `undo`, whichever comes."""

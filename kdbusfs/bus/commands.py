@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The commands of a connection: one row and one function each.
 
-A handler gets the connection and its `Call`, whose argument has been read and judged. It returns
+A handler gets the connection and its `Call`, whose argument has been read and validated. It returns
 0 or PENDING, or raises CommandError; results go into `call.data`, and `call.store` says which
 part of that the caller gets back.
 """
@@ -68,7 +68,7 @@ _RECV_RESULT = Struct("=QQQQ")
 """The tail of struct kdbus_cmd_recv: dropped_msgs, msg {offset, msg_size, return_flags}."""
 _TIMESTAMP = int(AttachFlag.TIMESTAMP)
 
-MESSAGE_AHEAD = 256
+MESSAGE_PREFETCH = 256
 """How much of a message is read at once, before its size is known: enough for most."""
 
 
@@ -175,8 +175,8 @@ def send(connection: Connection, call: Call) -> int:
     if call.negotiating and not address:
         return 0
     argument = Argument(MESSAGE, call.peer, address)
-    argument.load(b"", MESSAGE_AHEAD)
-    argument.judge()
+    argument.load(b"", MESSAGE_PREFETCH)
+    argument.validate()
     if call.negotiating:
         return 0
     if argument.negotiating:

@@ -114,24 +114,24 @@ class Handle:
         """The bus this handle made."""
         self.connection: Connection | None = None
 
-    def execute(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
-        """Carry out *call*. *brought* is what of its argument came with the request.
+    def execute(self, call: Call, inline: bytes | bytearray | memoryview) -> int:
+        """Carry out *call*. *inline* is what of its argument came with the request.
 
         Returns 0, or PENDING if `call.complete` will be called later (or has been), and then
         `finish` is due; raises CommandError.
         """
         try:
-            return self._execute(call, brought)
+            return self._execute(call, inline)
         except BaseException:
             # Whatever went wrong, expected or not, and also if the caller's memory stalled.
             if call.begun:
                 call.undo()
             raise
 
-    def _execute(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
+    def _execute(self, call: Call, inline: bytes | bytearray | memoryview) -> int:
         connection = self.connection
         if connection is None:
-            return self._set_up(call, brought)
+            return self._set_up(call, inline)
         row = COMMANDS.get(call.code)
         if row is None:
             if call.code in _SETUP:
@@ -143,7 +143,7 @@ class Handle:
             raise CommandError(ECONNRESET, "disconnected")
         if connection.kind not in row.kinds:
             raise CommandError(EOPNOTSUPP, "not for this kind of connection")
-        call.fetch(brought)
+        call.fetch(inline)
         if call.negotiating and call.code not in _NEGOTIATES_MORE:
             return 0
         return row.handler(connection, call)
@@ -170,7 +170,7 @@ class Handle:
         assert self.connection is not None
         self.connection.abandon(call)
 
-    def _set_up(self, call: Call, brought: bytes | bytearray | memoryview) -> int:
+    def _set_up(self, call: Call, inline: bytes | bytearray | memoryview) -> int:
         code, state = call.code, self.state
         if state is HandleState.SETTING_UP and code in _SETUP:
             raise CommandError(EBUSY, "another command is setting it up")
@@ -183,7 +183,7 @@ class Handle:
             raise CommandError(EBADFD, f"not on a {state.name.lower()} handle")
         if code == Command.ENDPOINT_MAKE:
             self._check_may_make_endpoint()
-        call.fetch(brought)
+        call.fetch(inline)
         if not call.negotiating:
             set_up = SetUp(self, move.state)
             call.begin(set_up)

@@ -11,7 +11,7 @@ costs does not depend on how many rules there were, nor does what is kept.
 
 A bus asks its `MatchIndex` who might want a message, instead of asking every match of every
 connection. Each match is filed once, under its most selective condition; candidates are then
-judged in full. What has nothing but a bloom mask is filed under the least used of the mask's
+looked at in full. What has nothing but a bloom mask is filed under the least used of the mask's
 bits: only those bits of a message's filter count under which something is filed.
 """
 

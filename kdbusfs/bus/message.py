@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Messages: what SEND hands over, judged once, and the copies made of it for receivers.
+"""Messages: what SEND hands over, validated once, and the copies made of it for receivers.
 
 In a receiver's pool a message is its header, the sender's items in their order, metadata for
 this receiver, and behind that, from the next multiple of 8, the payload area:

@@ -55,7 +55,7 @@ NOTIFY_INVAL_ENTRY = Struct("=IiQQII")
 """fuse_out_header and struct fuse_notify_inval_entry_out in one: ..., parent, namelen, flags."""
 
 IOCTL_AT = IN_HEADER_SIZE + IOCTL_IN.size
-"""Where the bytes that an ioctl brought begin in its request."""
+"""Where the struct that comes with an ioctl begins in its request."""
 
 NOTIFY_CODE_POLL = 1
 NOTIFY_CODE_INVAL_ENTRY = 3

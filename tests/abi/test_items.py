@@ -91,7 +91,7 @@ def test_the_first_fault_in_the_chain_wins() -> None:
     assert errno_of(raw(0x7777) + memfd, MESSAGE.items) == EINVAL
 
 
-def test_contents_are_judged_before_repetition() -> None:
+def test_contents_are_validated_before_repetition() -> None:
     first = padded(I.MAKE_NAME, b"1-a\0")
     assert errno_of(first + padded(I.MAKE_NAME, b"a" * 64 + b"\0"), MAKE.items) == ENAMETOOLONG
 

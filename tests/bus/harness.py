@@ -296,11 +296,11 @@ class File:
     def _execute(self, pending: Pending) -> None:
         call = pending.call
         # The kernel brings and takes what direction and size in the code say.
-        brought = b""
+        inline = b""
         try:
             if call.code & 0x40000000:
-                brought = self.peer.read(call.address, call.code >> 16 & 0x3FFF)
-            result = self.handle.execute(call, brought)
+                inline = self.peer.read(call.address, call.code >> 16 & 0x3FFF)
+            result = self.handle.execute(call, inline)
         except CommandError as error:
             pending.end(error.errno)
         else:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Every call that the bus makes to the world around it fails, one after the other, in every way,
-in every form of every command.
+in every shape of every command.
 
 A command that is ended by such an exception leaves everything as it was, and the same command then
 does what it would have done. What can't be undone (the end of a connection, a deadline) goes on
@@ -79,7 +79,7 @@ class Faulty:
     def __getattr__(self, what: str) -> Any:
         return getattr(self._handle, what)
 
-    def execute(self, call: Call, brought: bytes) -> int:
+    def execute(self, call: Call, inline: bytes) -> int:
         assert not self.used, "one command at a time"
         self.used = True
         complete = call.complete
@@ -90,7 +90,7 @@ class Faulty:
             pending.call = attempt
             with FAULTS.armed(self._kind, at):
                 try:
-                    return self._handle.execute(attempt, brought)  # type: ignore[no-any-return]
+                    return self._handle.execute(attempt, inline)  # type: ignore[no-any-return]
                 except BaseException as error:
                     if error is not FAULTS.raised:
                         raise
@@ -479,11 +479,11 @@ def test_a_refusal_at_any_point_breaks_nothing(what: str) -> None:
         execute = actor.handle.execute
         was_hit = False
 
-        def faulty(call: Call, brought: bytes, at: int = at, execute: Any = execute) -> int:
+        def faulty(call: Call, inline: bytes, at: int = at, execute: Any = execute) -> int:
             nonlocal was_hit
             with FAULTS.armed("command error", at):
                 try:
-                    return execute(call, brought)  # type: ignore[no-any-return]
+                    return execute(call, inline)  # type: ignore[no-any-return]
                 finally:
                     was_hit = FAULTS.raised is not None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a command's argument is read, judged, negotiated and written back."""
+"""How a command's argument is read, validated, negotiated and written back."""
 
 import struct
 from errno import EAGAIN, EBADSLT, EEXIST, EFAULT, EINVAL, EMSGSIZE, ENXIO, ESRCH
@@ -334,7 +334,7 @@ def test_send_negotiates_together_with_its_message(bus: Bus) -> None:
     assert after[-8 * len(types) :] == u64(*[t if t in taken else 0 for t in types])
 
 
-def test_the_message_of_a_negotiating_send_is_judged_but_not_sent(bus: Bus) -> None:
+def test_the_message_of_a_negotiating_send_is_validated_but_not_sent(bus: Bus) -> None:
     client = bus.hello()
     with client.peer.holding(message(client.id)) as address:
         outcome = Outcome(client, C.SEND, send_command(address, flags=NEGOTIATE))

@@ -181,9 +181,9 @@ class Shell:
 
     def begin(self, fh: int, code: int, argument: Memory) -> int:
         """An ioctl; its unique."""
-        brought = bytes(argument)[: code >> 16 & 0x3FFF] if code & 0x40000000 else b""
-        fields = (fh, 0, code, argument.address, len(brought), 0)
-        request = self._header(wire.Opcode.IOCTL, wire.IOCTL_IN.pack(*fields) + brought)
+        inline = bytes(argument)[: code >> 16 & 0x3FFF] if code & 0x40000000 else b""
+        fields = (fh, 0, code, argument.address, len(inline), 0)
+        request = self._header(wire.Opcode.IOCTL, wire.IOCTL_IN.pack(*fields) + inline)
         unique = self._unique
         self._ioctls.add(unique)
         self.handles.ioctl(memoryview(request))
