@@ -573,10 +573,10 @@ class Bus:
         for connection in self.connections.values():
             assert connection.alive and connection in connection.endpoint.connections
             assert (connection in self.monitors) == (connection.kind == MONITOR)
-            for name, owner in connection.names.items():
+            for name, claim in connection.names.items():
                 entry = self.names.entries[name]
-                assert owner.entry is entry
-                assert owner is entry.activator or owner in entry.queue
+                assert claim.entry is entry
+                assert claim is entry.activator or claim in entry.queue
             connection.check()
         assert len(self.connections) == sum(len(e.connections) for e in self.endpoints)
         return list(self.connections.values())

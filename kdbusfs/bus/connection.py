@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .listing import Listing
     from .match import Match
     from .message import Outgoing
-    from .names import NameEntry, NamesView, Owner
+    from .names import NameClaim, NameEntry, NamesView
     from .peer import Descriptor
     from .reply import Reply
 
@@ -283,7 +283,7 @@ class Connection:
         self.quota = Quota(pool.size)
         self.queue = Queue()
         self.lost = 0
-        self.names: dict[bytes, Owner] = {}
+        self.names: dict[bytes, NameClaim] = {}
         """Records in the name registry, in order of acquisition; queued ones too."""
         self.matches: list[Match] = []
         self.attach_flags_send = 0
@@ -327,15 +327,15 @@ class Connection:
 
     def owned_names(self) -> list[bytes]:
         """The names it owns, not those it queues for, in order of acquisition."""
-        return [name for name, owner in self.names.items() if not owner.flags & _IN_QUEUE]
+        return [name for name, claim in self.names.items() if not claim.flags & _IN_QUEUE]
 
     def metadata_items(self, kinds: int) -> list[bytes]:
         """The OWNED_NAME and CONN_DESCRIPTION items among *kinds*."""
         items: list[bytes] = []
         if kinds & _NAMES and self.names:
-            for name, owner in self.names.items():
-                if not owner.flags & _IN_QUEUE:
-                    items.append(owned_name_item(name, owner.flags))
+            for name, claim in self.names.items():
+                if not claim.flags & _IN_QUEUE:
+                    items.append(owned_name_item(name, claim.flags))
         if kinds & _DESCRIPTION and self.description is not None:
             items.append(build_string(ItemType.CONN_DESCRIPTION, self.description))
         return items

@@ -40,7 +40,7 @@ from .connection import ACTIVATOR, MONITOR, POLICY_HOLDER, SPECIAL, Connection
 from .domain import Domain
 from .endpoint import Endpoint
 from .metadata import PROCESS, UNSET_ID, ProcessMetadata, Viewer
-from .names import record_size
+from .names import claim_size
 from .node import Node, access_mode
 from .peer import Credentials, Memory
 from .policy import Entries, parse_entries, policy_size
@@ -310,7 +310,7 @@ class Handle:
         if connection.kind == ACTIVATOR:
             assert name is not None
             endpoint.bus.names.check_activator(name)
-            call.begin(Charge(self.domain.budget.memory, self.opener.uid, record_size(name)))
+            call.begin(Charge(self.domain.budget.memory, self.opener.uid, claim_size(name)))
         policy = None if name is None else read_policy(connection, call)
         slice_ = self._store_hello(connection, call)
         # Nothing below can fail.

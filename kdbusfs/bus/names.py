@@ -28,8 +28,9 @@ _PRIMARY = int(NameFlag.PRIMARY)
 _ACQUIRED = int(NameFlag.ACQUIRED)
 
 
-class Owner:
-    """A connection's record at a name: owner, queued, or activator; *flags* are NameFlag bits."""
+class NameClaim:
+    """A connection's claim to a name: as owner, in the queue, or as activator; *flags* are NameFlag
+    bits."""
 
     __slots__ = ("connection", "entry", "flags")
 
@@ -47,11 +48,11 @@ class NameEntry:
 
     def __init__(self, name: bytes) -> None:
         self.name = name
-        self.activator: Owner | None = None
-        self.queue: list[Owner] = []
+        self.activator: NameClaim | None = None
+        self.queue: list[NameClaim] = []
 
     @property
-    def owner(self) -> Owner | None:
+    def owner(self) -> NameClaim | None:
         return self.queue[0] if self.queue else self.activator
 
 
@@ -93,36 +94,36 @@ class NamesView:
         return view
 
     def names(self) -> list[tuple[bytes, int]]:
-        """Names and flags of its records, in order of acquisition."""
+        """Names and flags of its claims, in order of acquisition."""
         if self._kept is not None:
             return self._kept
-        return [(name, owner.flags) for name, owner in self.connection.names.items()]
+        return [(name, claim.flags) for name, claim in self.connection.names.items()]
 
     def keep(self) -> None:
         """The names are about to change."""
         self._kept = self.names()
 
 
-def _keep(owner: Owner) -> None:
-    """The record is about to come, go or change its flags."""
-    connection = owner.connection
+def _keep(claim: NameClaim) -> None:
+    """The claim is about to come, go or change its flags."""
+    connection = claim.connection
     if connection.view is not None:
         connection.view.keep()
         connection.view = None
 
 
-def record_size(name: bytes) -> int:
-    """How many bytes of memory a connection's record at *name* takes, about."""
+def claim_size(name: bytes) -> int:
+    """How many bytes of memory a connection's claim to *name* takes, about."""
     return 512 + len(name)
 
 
-def _may_take(queue: list[Owner], flags: int) -> bool:
+def _may_take(queue: list[NameClaim], flags: int) -> bool:
     """Whether a newcomer becomes the primary at once."""
     return not queue or bool(flags & _REPLACE_EXISTING and queue[0].flags & _ALLOW_REPLACEMENT)
 
 
 class NameRegistry:
-    """All names of a bus. Each record takes from its connection's share of *memory*."""
+    """All names of a bus. Each claim takes from its connection's share of *memory*."""
 
     __slots__ = ("_memory", "entries")
 
@@ -131,17 +132,17 @@ class NameRegistry:
         self._memory = memory
 
     def _strike(self, connection: Connection, name: bytes) -> None:
-        """Take the record at *name* off *connection*'s list."""
+        """Take the claim to *name* off *connection*'s list."""
         del connection.names[name]
-        self._memory.discharge(connection.opener.uid, record_size(name))
+        self._memory.discharge(connection.opener.uid, claim_size(name))
 
     def drop(self, connection: Connection, name: bytes) -> None:
         """The bus has ended, and all names with it: forget one, without any heir."""
-        owner = connection.names[name]
+        claim = connection.names[name]
         self._strike(connection, name)
         self.entries.pop(name, None)
-        owner.entry.activator = None
-        owner.entry.queue.clear()
+        claim.entry.activator = None
+        claim.entry.queue.clear()
 
     def owner_of(self, name: bytes) -> Connection | None:
         """The connection that owns *name*, activators included."""
@@ -157,19 +158,19 @@ class NameRegistry:
             raise CommandError(EEXIST, f"{name.decode()} has an activator")
 
     def activate(self, connection: Connection, name: bytes) -> NameChange | None:
-        """Make *connection* the activator of *name*, which has none (`check_activator`). The record
+        """Make *connection* the activator of *name*, which has none (`check_activator`). The claim
         has been charged."""
         entry = self.entries.get(name)
         if entry is None:
             entry = self.entries[name] = NameEntry(name)
-        owner = entry.activator = Owner(connection, entry, _ACTIVATOR)
-        _keep(owner)
-        connection.names[name] = owner
+        claim = entry.activator = NameClaim(connection, entry, _ACTIVATOR)
+        _keep(claim)
+        connection.names[name] = claim
         if entry.queue:
-            owner.flags |= _IN_QUEUE
+            claim.flags |= _IN_QUEUE
             return None
-        owner.flags |= _PRIMARY
-        return NameChange(ItemType.NAME_ADD, name, 0, 0, connection.id, owner.flags)
+        claim.flags |= _PRIMARY
+        return NameChange(ItemType.NAME_ADD, name, 0, 0, connection.id, claim.flags)
 
     def acquire(self, connection: Connection, name: bytes, flags: int) -> Acquired:
         """NAME_ACQUIRE: own *name*, or queue for it. E2BIG, ENOMEM: too many names already."""
@@ -179,13 +180,13 @@ class NameRegistry:
         if me is None:
             if len(connection.names) >= Limit.CONNECTION_NAMES:
                 raise CommandError(E2BIG, f"{len(connection.names)} names already")
-            me = Owner(connection, entry, 0)
+            me = NameClaim(connection, entry, 0)
         queue, activator, migration = entry.queue, entry.activator, None
         if not queue and activator is not None:
             migration = Migration(entry, activator.connection, connection)
         if newcomer and (flags & _QUEUE or _may_take(queue, flags)):
             try:
-                self._memory.charge(connection.opener.uid, record_size(name))
+                self._memory.charge(connection.opener.uid, claim_size(name))
             except CommandError:
                 if migration is not None:
                     migration.undo()
@@ -293,10 +294,10 @@ class NameRegistry:
         """Assert what must hold between any two calls."""
         for name, entry in self.entries.items():
             assert entry.name == name and entry.owner is not None
-            records = entry.queue + ([entry.activator] if entry.activator else [])
-            for owner in records:
-                assert owner.entry is entry and owner.connection.names[name] is owner
-                assert owner.connection.alive
-                assert bool(owner.flags & _PRIMARY) == (owner is entry.owner), name
-                assert bool(owner.flags & _IN_QUEUE) == (owner is not entry.owner), name
-                assert bool(owner.flags & _ACTIVATOR) == (owner is entry.activator), name
+            claims = entry.queue + ([entry.activator] if entry.activator else [])
+            for claim in claims:
+                assert claim.entry is entry and claim.connection.names[name] is claim
+                assert claim.connection.alive
+                assert bool(claim.flags & _PRIMARY) == (claim is entry.owner), name
+                assert bool(claim.flags & _IN_QUEUE) == (claim is not entry.owner), name
+                assert bool(claim.flags & _ACTIVATOR) == (claim is entry.activator), name

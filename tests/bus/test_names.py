@@ -55,12 +55,12 @@ def two(bus: Bus, watcher: Client) -> tuple[Client, Client]:
 
 
 def queue_of(bus: Bus, string: str = A) -> list[tuple[int, int]]:
-    """(id, flags) of all records: the queue, then the activator."""
+    """(id, flags) of all claims: the queue, then the activator."""
     entry = bus.core.names.entries.get(string.encode())
     if entry is None:
         return []
-    records = entry.queue + ([entry.activator] if entry.activator else [])
-    return [(r.connection.id, r.flags) for r in records]
+    claims = entry.queue + ([entry.activator] if entry.activator else [])
+    return [(c.connection.id, c.flags) for c in claims]
 
 
 # --- ACQUIRE, case by case
