@@ -134,7 +134,7 @@ class Bus:
             connection.discard(entry)
         for reply in [*connection.requests, *connection.suspended.values()]:
             self._forget(reply)
-        for reply in list(connection.owed):
+        for reply in list(connection.pending_replies):
             self.reply_dead(reply)
         connection.lost = 0
         if connection.fd_socket is not None:
@@ -536,7 +536,7 @@ class Bus:
         yield
         for reply in [*connection.requests, *connection.suspended.values()]:
             self._forget(reply)
-        for n, reply in enumerate(list(connection.owed)):
+        for n, reply in enumerate(list(connection.pending_replies)):
             if reply.sync:
                 self._finish(reply, EPIPE)
             else:

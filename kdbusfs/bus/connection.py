@@ -181,7 +181,7 @@ class Loss(Step):
         self.receiver = receiver
 
     def commit(self) -> None:
-        self.receiver.lose()
+        self.receiver.count_lost()
 
     def undo(self) -> None:
         pass
@@ -250,7 +250,7 @@ class Connection:
         "requests",
         "suspended",
         "n_requests",
-        "owed",
+        "pending_replies",
         "completed",
         "listings",
         "view",
@@ -298,7 +298,7 @@ class Connection:
         self.suspended: dict[int, Reply] = {}
         """Synchronous requests whose call was interrupted by a signal and may resume, by cookie."""
         self.n_requests = 0
-        self.owed: dict[Reply, None] = {}
+        self.pending_replies: dict[Reply, None] = {}
         """Trackers of others that wait for its answer."""
         self.completed: dict[Call, None] = {}
         """Calls of its own that have been completed and not yet finished."""
@@ -458,7 +458,7 @@ class Connection:
         except CommandError:
             return Loss(self)
 
-    def lose(self) -> None:
+    def count_lost(self) -> None:
         """Count a lost message."""
         self.lost += 1
         if self.lost == 1:
@@ -572,7 +572,7 @@ class Connection:
         assert all(e.receiver is self for e in queued)
         assert self.groups is None
         assert all(r.requester is self and r.listed for r in self.requests)
-        assert all(r.target is self and r.listed for r in self.owed)
+        assert all(r.target is self and r.listed for r in self.pending_replies)
         assert all(r.suspended and r.requester is self for r in self.suspended.values())
         requests = set(self.requests) | {
             e.reply

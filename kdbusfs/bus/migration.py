@@ -46,14 +46,14 @@ class Migration:
 
     def commit(self) -> None:
         entry, old, new = self.entry, self.old, self.new
-        for reply in [r for r in old.owed if r.name is entry]:
+        for reply in [r for r in old.pending_replies if r.name is entry]:
             if reply.requester is not old and reply.requester is not new:
                 reply.retarget(new)
         for queued, slice_ in self._moves:
             old.queue.remove(queued)
             if slice_ is None:
                 old.discard(queued)
-                new.lose()
+                new.count_lost()
                 continue
             old.quota.discharge(queued.user, queued.size, len(queued.fds))
             old.pool.release(queued.slice)

@@ -90,14 +90,14 @@ class Reply:
         request.reply = self
         self.requester.n_requests += 1
         self.requester.requests.append(self)
-        self.target.owed[self] = None
+        self.target.pending_replies[self] = None
 
     def unlist(self) -> None:
         """Take it off the requester's list: nobody may answer any more."""
         if self.listed:
             self.listed = False
             self.requester.requests.remove(self)
-            del self.target.owed[self]
+            del self.target.pending_replies[self]
             if not self.queued:
                 self.requester.n_requests -= 1
             self._ended()
@@ -131,6 +131,6 @@ class Reply:
 
     def retarget(self, target: Connection) -> None:
         """From now on *target* is to answer."""
-        del self.target.owed[self]
+        del self.target.pending_replies[self]
         self.target = target
-        target.owed[self] = None
+        target.pending_replies[self] = None

@@ -160,7 +160,7 @@ class World:
         self.target.peer.open(FakeFile())
         self.target.send(self.sender, fds(0), data=b"received", cookie=32, priority=-5)
         self.target.send(self.sender, cookie=33)
-        self.sender.connection.lose()
+        self.sender.connection.count_lost()
         domain.check = check  # type: ignore[method-assign]
         domain.check()
 

@@ -303,19 +303,19 @@ class BusMachine(RuleBasedStateMachine):
 
     @rule(client=clients, data=st.data(), size=SIZES)
     def reply(self, client: Client, data: st.DataObject, size: int) -> None:
-        if client.closed or client.connection.kind or not client.connection.owed:
+        if client.closed or client.connection.kind or not client.connection.pending_replies:
             return
-        trackers = list(client.connection.owed)
+        trackers = list(client.connection.pending_replies)
         tracker = trackers[data.draw(st.integers(0, len(trackers) - 1))]
         asker = next(c for c in self.expected if c.connection is tracker.requester)
         cookie = self.next_cookie()
-        n_owed = len(client.connection.owed)
+        n_pending = len(client.connection.pending_replies)
         errno = self.attempt(
             (EBADSLT, ENOBUFS, EXFULL),
             lambda: client.reply(asker, tracker.cookie, data=bytes(size), cookie=cookie),
         )
         assert errno != EBADSLT
-        assert len(client.connection.owed) == n_owed - 1
+        assert len(client.connection.pending_replies) == n_pending - 1
         if not tracker.sync and not errno:
             self.expected[asker].append((cookie, None))
 
