@@ -142,7 +142,10 @@ class Domain:
             (reply,) = heapq.heappop(self._deadlines)[2]
             # It will be counted as stale when it ends, in a moment.
             self._n_stale -= 1
-            reply.requester.bus.time_out(reply)
+            try:
+                reply.requester.bus.time_out(reply)
+            except Exception as error:
+                self.report(error)
 
     def check(self) -> None:
         """Assert what must hold between any two calls, on every bus."""

@@ -33,7 +33,7 @@ from struct import Struct
 from typing import Protocol
 
 from ..abi.commands import COMMAND_SPECS
-from ..abi.errors import CommandError, Stalled
+from ..abi.errors import CommandError, Fault, Stalled
 from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
 from ..abi.structs import U32, U64
@@ -426,6 +426,14 @@ class Handles:
         self._send(ioctl, _pack_out_header(OUT_HEADER_SIZE, -error, ioctl.unique))
         self._traced_call(ioctl, error)
 
+    def give_up(self, unique: int) -> None:
+        """Answer request *unique*, whatever has become of it, with EIO, and let go of its caller:
+        nobody expected what happened."""
+        ioctl = self._ioctls.get(unique)
+        if ioctl is not None:
+            self._ioctls.settle(ioctl)
+        self._reply(unique, EIO)
+
     # --- calls that wait
 
     def _keep_waiting(self, ioctl: Ioctl) -> None:
@@ -447,12 +455,13 @@ class Handles:
         """Answer one of the calls in `completed`."""
         ioctl = self.completed.popleft()
         handle = ioctl.file.handle
-        _collect(ioctl.process.uid)
         if self._ioctls.get(ioctl.unique) is not ioctl:
+            _collect(ioctl.process.uid)
             handle.abandon(ioctl)
             return
-        self.current = ioctl
         try:
+            _collect(ioctl.process.uid)
+            self.current = ioctl
             error = handle.finish(ioctl)
             if error == EINTR:
                 self._restart(ioctl)
@@ -636,8 +645,16 @@ class Handles:
             ioctl = self._ioctls.get(unique)
             if ioctl is None or ioctl.waits:
                 self._interrupted.discard(unique)
-            elif ioctl.process.is_killed():
-                self._refuse(ioctl, EINTR)
+                continue
+            try:
+                if ioctl.process.is_killed():
+                    self._refuse(ioctl, EINTR)
+            except Fault:
+                # The kernel has let go of it by itself.
+                self._ioctls.settle(ioctl)
+            except (CommandError, OSError) as error:
+                # This time it can't be known, for want of a descriptor for instance.
+                log.debug("request %d not looked at: %s", unique, error)
 
     def _restart(self, ioctl: Ioctl) -> None:
         """A signal has ended the wait: let the kernel decide, by its handler, whether the call is

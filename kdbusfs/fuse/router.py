@@ -39,7 +39,7 @@ from .relay import Relay
 from .trace import Trace
 from .tree import Tree
 from .watches import Watches
-from .wire import IN_HEADER, OUT_HEADER, OUT_HEADER_SIZE, Opcode
+from .wire import IN_HEADER, Opcode
 
 log = logging.getLogger(__name__)
 
@@ -173,12 +173,10 @@ class Router:
         queue, n_turns = self._queue, 0
         while crew.current is me:
             if completed:
-                self._write_reply()
-                handles.finish()
+                self._finish()
                 continue
             if (self._backlog or self._kept) and (request := self._next_kept()) is not None:
-                self._write_reply()
-                handles.again(memoryview(request))
+                self._again(request)
                 continue
             timeout = _LOOK_NS if handles.has_interrupted else -1
             if queue or domain.work or self._hurries:
@@ -242,6 +240,23 @@ class Router:
         self._dispatch(memoryview(request), len(request))
         self._queue.charge(uid, time.monotonic_ns() - begun)
 
+    def _finish(self) -> None:
+        """Answer a call whose wait is over."""
+        self._write_reply()
+        try:
+            self._handles.finish()
+        except Exception:
+            log.exception("ERROR: a call was not finished")
+
+    def _again(self, request: bytes) -> None:
+        """Start a request anew."""
+        self._write_reply()
+        try:
+            self._handles.again(memoryview(request))
+        except Exception:
+            log.exception("ERROR: a request was not started anew")
+            self._handles.give_up(_unpack_head(request)[2])
+
     def _work(self) -> None:
         """Do a piece of what takes long."""
         self._write_reply()
@@ -252,12 +267,11 @@ class Router:
 
     def _look_around(self) -> None:
         """No request is there: see to what else there is to do."""
-        try:
-            self._watches.dispatch()
-            self._domain.expire()
-            self._handles.look_for_killed()
-        except Exception:
-            log.exception("ERROR: an event was not handled")
+        for look in (self._watches.dispatch, self._domain.expire, self._handles.look_for_killed):
+            try:
+                look()
+            except Exception:
+                log.exception("ERROR: an event was not handled")
 
     def _next_kept(self) -> bytes | None:
         """A request that was left by somebody who stalled, or of a user who has its share of
@@ -304,7 +318,7 @@ class Router:
             # A broken invariant is ours alone: the caller gets EIO, the others go on.
             _, opcode, unique, *_ = _unpack_header(request)
             log.exception("ERROR: request %d failed", opcode)
-            self._write(OUT_HEADER.pack(OUT_HEADER_SIZE, -errno.EIO, unique))
+            self._handles.give_up(unique)
 
     def _has_to_wait(self, request: memoryview, size: int) -> bool:
         """Whether a command is kept for later, since too many of the same user's stall."""

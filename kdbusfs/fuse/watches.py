@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 
 class Watches:
@@ -59,7 +62,10 @@ class Watches:
                 os.eventfd_read(fd)
             elif callback is not None and self._callbacks.get(fd) is callback:
                 # Else what went before has ended the watch, and the number may be another's.
-                callback()
+                try:
+                    callback()
+                except Exception:
+                    log.exception("ERROR: what a descriptor was watched for was not done")
 
     def close(self) -> None:
         os.close(self._wakeup)

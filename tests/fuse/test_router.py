@@ -2,22 +2,26 @@
 """What the router does with requests that come faster than it can serve them. A socket pair stands
 in for the device: one message is one request or one reply."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from struct import pack
+from types import SimpleNamespace
 
 import pytest
 
 from bus.fakes import FakeClock
 from kdbusfs.bus.domain import Domain
 from kdbusfs.bus.quota import User
+from kdbusfs.fuse import router as router_module
 from kdbusfs.fuse import wire
 from kdbusfs.fuse.relay import tree_pair
 from kdbusfs.fuse.router import Router
 from kdbusfs.fuse.tree import Tree
 from kdbusfs.fuse.wire import Opcode
 from kdbusfs.peer.namespaces import OWN_USER
+from kdbusfs.peer.stall import TURN
 
 
 def request(opcode: Opcode, unique: int, uid: int, body: bytes) -> bytes:
@@ -72,6 +76,23 @@ class Bench:
                 uniques.append(wire.OUT_HEADER.unpack_from(self.kernel.recv(4096))[2])
             except BlockingIOError:
                 return uniques
+
+    def errors(self) -> dict[int, int]:
+        """The same with the errno of each."""
+        errors = {}
+        while True:
+            try:
+                _, error, unique = wire.OUT_HEADER.unpack_from(self.kernel.recv(4096))
+            except BlockingIOError:
+                return errors
+            errors[unique] = -error
+
+    def loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What the router's thread does until no more is to be done; then the mount is gone."""
+        device = SimpleNamespace(kdbusfs_next=lambda *_: -errno.ENODEV)
+        monkeypatch.setattr(router_module, "lib", device)
+        with TURN:
+            self.router._loop()
 
     def close(self) -> None:
         for end in (self.kernel, self._device, *self._pair):
@@ -148,3 +169,55 @@ def test_a_piece_of_work_at_a_time(bench: Bench) -> None:
     while bench.domain.work:
         bench.router._work()
     assert done == ["a0", "b0", "a1", "a2"]
+
+
+def test_a_call_that_can_not_be_finished_is_not_the_end_of_the_mount(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is it one for those that are finished after it."""
+    handles = bench.router._handles
+    finished: list[object] = []
+
+    def finish(_: object) -> None:
+        call = handles.completed.popleft()
+        finished.append(call)
+        raise RuntimeError("of nobody's making")
+
+    monkeypatch.setattr(type(handles), "finish", finish)
+    handles.completed += ["first", "second"]  # type: ignore[list-item]
+    bench.loop(monkeypatch)
+    assert finished == ["first", "second"]
+    assert len(caplog.records) == 2
+
+
+def test_a_request_that_can_not_start_anew_is_eio(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def again(_: object, request: memoryview) -> None:
+        raise OSError(errno.EMFILE, "of nobody's making")
+
+    monkeypatch.setattr(type(bench.router._handles), "again", again)
+    for unique in (2, 4):
+        bench.router._backlog.append(poll(unique, 1))
+    bench.loop(monkeypatch)
+    assert bench.errors() == {2: errno.EIO, 4: errno.EIO}
+    assert len(caplog.records) == 2
+
+
+def test_an_event_that_fails_does_not_keep_the_others_from_being_looked_at(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
+
+    def look(name: str) -> None:
+        seen.append(name)
+        raise RuntimeError(name)
+
+    monkeypatch.setattr(type(bench.domain), "expire", lambda _: look("deadlines"))
+    handles = type(bench.router._handles)
+    monkeypatch.setattr(handles, "look_for_killed", lambda _: look("killed"))
+    for _ in range(2):
+        readable = os.eventfd(1)
+        bench.router._watches.watch(readable, lambda: look("cancel"))
+    bench.router._look_around()
+    assert seen == ["cancel", "cancel", "deadlines", "killed"]

@@ -19,13 +19,14 @@ import pytest
 
 import daemons
 from kdbusfs.abi import structs
-from kdbusfs.abi.errors import Fault, Stalled
+from kdbusfs.abi.errors import CommandError, Fault, Stalled
 from kdbusfs.abi.numbers import AttachFlag, Command, MsgFlag, SendFlag
 from kdbusfs.bus.commands import COMMANDS, Row
 from kdbusfs.bus.domain import Domain
 from kdbusfs.bus.metadata import ProcessMetadata
 from kdbusfs.fuse import wire
 from kdbusfs.fuse.handles import Handles
+from kdbusfs.peer import procfs
 from kdbusfs.peer.memory import PoolMemory
 from kdbusfs.peer.namespaces import OWN_USER
 from kdbusfs.peer.process import NotHeld, Process
@@ -325,6 +326,38 @@ def test_an_interruption_of_what_is_no_call_of_ours_is_forgotten(shell: Shell) -
     for strange in (1, 2, unique, 1 << 40):
         shell.interrupt(strange)
     assert not shell.handles.has_interrupted
+
+
+@pytest.mark.parametrize(
+    "trouble", [Fault("it has gone"), OSError(errno.EMFILE, "x"), CommandError(errno.ENFILE, "x")]
+)
+def test_one_that_can_not_be_looked_at_keeps_no_other_from_its_end(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    """Two callers stall and are killed; what the first is can't be known."""
+    calling = Calling(shell)
+
+    def stall(connection: Any, call: Any) -> int:
+        raise Stalled
+
+    monkeypatch.setitem(COMMANDS, int(Command.SEND), Row(stall, COMMANDS[Command.SEND].kinds))
+    requests = [calling.call()[0] for _ in range(2)]
+    looked: list[int] = []
+
+    def is_killed(tid: int) -> bool:
+        looked.append(tid)
+        if len(looked) == 1:
+            raise trouble
+        return True
+
+    for unique in requests:
+        shell.handles.expect_interrupted(unique)
+    monkeypatch.setattr(procfs, "is_killed", is_killed)
+    shell.handles.look_for_killed()
+    shell.hear()
+    answered = [shell.answers.get(unique) for unique in requests]
+    assert sorted(answered, key=str) == [errno.EINTR, None]
+    assert len(looked) == 2
 
 
 def test_a_signal_that_comes_before_the_wait_ends_it(
