@@ -8,7 +8,7 @@ from kdbus import AttachFlag, Connection
 
 
 def main(endpoint: str, name: str) -> None:
-    with Connection(endpoint, recv=AttachFlag.CREDS | AttachFlag.PIDS) as conn:
+    with Connection(endpoint, attach_recv=AttachFlag.CREDS | AttachFlag.PIDS) as conn:
         conn.acquire_name(name)
         print(f"ready: {name}", flush=True)
         with conn.recv() as message:

@@ -65,13 +65,13 @@ def pair(bus: Bus) -> Iterator[tuple[Connection, Connection]]:
 
 
 def connect(
-    bus: Bus, *, recv: AttachFlag = AttachFlag.NONE, flags: HelloFlag = HelloFlag.ACCEPT_FD
+    bus: Bus, *, attach_recv: AttachFlag = AttachFlag.NONE, flags: HelloFlag = HelloFlag.ACCEPT_FD
 ) -> Connection:
     return Connection(
         bus.path,
         flags=flags,
-        send=AttachFlag.ALL,
-        recv=recv,
+        attach_send=AttachFlag.ALL,
+        attach_recv=attach_recv,
         pool_size=MIB,
         description="python",
     )
@@ -299,7 +299,7 @@ def test_descriptors_are_refused_by_who_takes_none(bus: Bus) -> None:
 
 
 def test_metadata(bus: Bus) -> None:
-    with connect(bus) as a, connect(bus, recv=AttachFlag.ALL) as b:
+    with connect(bus) as a, connect(bus, attach_recv=AttachFlag.ALL) as b:
         a.acquire_name("com.example.a")
         a.send(Message(b"x", dst_id=b.id))
         with b.recv(PATIENCE) as received:
@@ -625,7 +625,7 @@ def test_what_a_forked_child_can_not_do(bus: Bus) -> None:
             "creator_info": b.creator_info,
             "add_match": b.add_match,
             "remove_matches": b.remove_matches,
-            "update": lambda: b.update(recv=AttachFlag.NONE),
+            "update": lambda: b.update(attach_recv=AttachFlag.NONE),
             "byebye": b.byebye,
             "endpoint.update": lambda: endpoint.update(None),
         }

@@ -67,7 +67,7 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 class Connection:
     """A connection to the endpoint at *path* (kdbus.connection(7)).
 
-    *send* and *recv* are attach flags: what others may ask about us, and what we
+    *attach_send* and *attach_recv* say what others may ask about us, and what we
     want to know about messages. *name* and *policy* are for activators and policy
     holders. *creds*, *pids* and *seclabel* pretend to be somebody else, which is
     for the owner of the bus.
@@ -86,8 +86,8 @@ class Connection:
         path: str | os.PathLike[str],
         *,
         flags: HelloFlag = HelloFlag.ACCEPT_FD,
-        send: AttachFlag = AttachFlag.NONE,
-        recv: AttachFlag = AttachFlag.NONE,
+        attach_send: AttachFlag = AttachFlag.NONE,
+        attach_recv: AttachFlag = AttachFlag.NONE,
         pool_size: int = POOL_SIZE_DEFAULT,
         description: str | None = None,
         name: str | None = None,
@@ -105,7 +105,7 @@ class Connection:
 
         options = ffi.new("struct kdbus_conn_options *")
         options.flags = flags
-        options.attach_flags_send, options.attach_flags_recv = send, recv
+        options.attach_flags_send, options.attach_flags_recv = attach_send, attach_recv
         options.pool_size = pool_size
         kept = [_encode(string) for string in (description, name, seclabel)]
         options.description, options.name, options.seclabel = kept
@@ -382,10 +382,11 @@ class Connection:
     def update(
         self,
         *,
-        send: AttachFlag | None = None,
-        recv: AttachFlag | None = None,
+        attach_send: AttachFlag | None = None,
+        attach_recv: AttachFlag | None = None,
         policy: Policy | None = None,
     ) -> None:
         """KDBUS_CMD_UPDATE: change what is not None; all of it, or nothing on failure."""
-        flags = [ffi.NULL if f is None else ffi.new("uint64_t *", f) for f in (send, recv)]
+        attach = (attach_send, attach_recv)
+        flags = [ffi.NULL if f is None else ffi.new("uint64_t *", f) for f in attach]
         check(self._call(lib.kdbus_conn_update, *flags, policy._policy if policy else ffi.NULL))
