@@ -11,9 +11,9 @@ from errno import EBADF, EINVAL, ENAMETOOLONG
 from typing import NamedTuple
 
 from .errors import CommandError
-from .names import is_sysname
 from .numbers import ItemType, Limit
 from .structs import ITEM_HEADER, ITEM_HEADER_SIZE, MEMFD, U64, VEC
+from .valid_names import is_sysname
 
 Buffer = bytes | bytearray | memoryview
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from errno import EFAULT, EINVAL, EMSGSIZE
 from typing import Any
 
-from ..abi.commands import CommandSpec
 from ..abi.errors import CommandError, Fault
 from ..abi.items import Buffer, Item, walk
 from ..abi.numbers import FLAG_NEGOTIATE, ItemType, Limit
+from ..abi.specs import CommandSpec
 from ..abi.structs import U64
 from .peer import Peer
 

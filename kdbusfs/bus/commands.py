@@ -23,10 +23,8 @@ from struct import Struct
 from typing import NamedTuple
 
 from ..abi import structs
-from ..abi.commands import MESSAGE
 from ..abi.errors import CommandError
 from ..abi.items import Item, build_string
-from ..abi.names import is_well_known
 from ..abi.numbers import (
     ATTACH_ALL,
     ATTACH_ANY,
@@ -39,7 +37,9 @@ from ..abi.numbers import (
     RecvReturnFlag,
     SendFlag,
 )
+from ..abi.specs import MESSAGE
 from ..abi.structs import I32, I64, INFO, U64, U64x2, U64x3
+from ..abi.valid_names import is_well_known
 from .call import Argument, Call
 from .connection import (
     ACTIVATOR,

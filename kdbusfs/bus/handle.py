@@ -27,12 +27,12 @@ from stat import S_IFDIR, S_IFREG
 from typing import NamedTuple
 
 from ..abi import structs
-from ..abi.commands import COMMAND_SPECS
 from ..abi.errors import CommandError, Stalled
 from ..abi.items import build
-from ..abi.names import is_policy_name
 from ..abi.numbers import Command, ItemType, Limit
+from ..abi.specs import COMMAND_SPECS
 from ..abi.structs import U64, U64x2
+from ..abi.valid_names import is_policy_name
 from .bus import Bus
 from .call import Call, Step
 from .commands import COMMANDS, attach_flags, read_policy

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..abi.errors import CommandError
 from ..abi.items import Buffer, Item, build, build_string
-from ..abi.names import is_well_known
 from ..abi.numbers import ID_ANY, OFFSET_NONE, AttachFlag, ItemType, Limit, MsgFlag, PayloadType
 from ..abi.structs import (
     I32,
@@ -43,6 +42,7 @@ from ..abi.structs import (
     U64,
     VEC,
 )
+from ..abi.valid_names import is_well_known
 from .match import Change, Signal
 from .metadata import IMPLICIT, PROCESS, ProcessMetadata, join
 from .peer import release

@@ -14,9 +14,9 @@ from errno import E2BIG, EEXIST, EINVAL
 from typing import NamedTuple
 
 from ..abi.errors import CommandError
-from ..abi.names import is_policy_name
 from ..abi.numbers import ItemType, PolicyAccess, PolicyType
 from ..abi.structs import POLICY_ACCESS
+from ..abi.valid_names import is_policy_name
 from .call import Argument
 from .metadata import UserNamespace
 from .peer import Credentials

@@ -32,10 +32,10 @@ from select import POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
 from struct import Struct
 from typing import Protocol
 
-from ..abi.commands import COMMAND_SPECS
 from ..abi.errors import CommandError, Fault, Stalled
 from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
+from ..abi.specs import COMMAND_SPECS
 from ..abi.structs import U32, U64
 from ..bus.call import PENDING, Call
 from ..bus.connection import Connection, FdTransfer

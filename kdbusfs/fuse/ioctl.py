@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ..abi.commands import CommandSpec
+from ..abi.specs import CommandSpec
 from ..bus.call import Call
 from ..peer.process import Process
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdbusfs.abi import items
-from kdbusfs.abi.commands import COMMAND_SPECS, MESSAGE
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.items import ItemRule, item_rules, walk
-from kdbusfs.abi.names import is_policy_name, is_sysname, is_well_known
 from kdbusfs.abi.numbers import ItemType
+from kdbusfs.abi.specs import COMMAND_SPECS, MESSAGE
+from kdbusfs.abi.valid_names import is_policy_name, is_sysname, is_well_known
 
 I = ItemType  # noqa: E741
 START = 24

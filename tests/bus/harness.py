@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from bus.fakes import HOME_USERS, FakeClock, FakeMemory, FakePeer
-from kdbusfs.abi.commands import COMMAND_SPECS
 from kdbusfs.abi.errors import CommandError, Fault, Stalled
 from kdbusfs.abi.numbers import ATTACH_ALL, ID_ANY, Command, HelloFlag, ItemType, MsgFlag, SendFlag
+from kdbusfs.abi.specs import COMMAND_SPECS
 from kdbusfs.bus.bus import Bus as CoreBus
 from kdbusfs.bus.call import PENDING, Call
 from kdbusfs.bus.domain import Domain

@@ -23,8 +23,8 @@ from bus.harness import (
     parse_items,
     u64,
 )
-from kdbusfs.abi.commands import COMMAND_SPECS
 from kdbusfs.abi.numbers import Command, ListFlag, NameFlag, PolicyAccess, PolicyType
+from kdbusfs.abi.specs import COMMAND_SPECS
 from kdbusfs.bus.bus import Bus as CoreBus
 from kdbusfs.bus.call import PENDING, Call
 from kdbusfs.bus.connection import Queue, QueueEntry

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from bus.fakes import FakeFile, FakePeer
 from bus.harness import FakeDomain, File, u64
-from kdbusfs.abi.commands import COMMAND_SPECS
 from kdbusfs.abi.numbers import ItemType
+from kdbusfs.abi.specs import COMMAND_SPECS
 
 CODES = sorted(COMMAND_SPECS)
 TYPES = [int(type_) for type_ in ItemType]
