@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kdbusfs.errors import UserError, one_line
+from kdbusfs.user_error import UserError, one_line
 from kdbusfs.version import VERSION
 
 POOLS = ("auto", "passthrough", "cache")

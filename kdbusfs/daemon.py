@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from kdbusfs import mount
-from kdbusfs.errors import UserError, one_line
+from kdbusfs.user_error import UserError, one_line
 
 if TYPE_CHECKING:
     from kdbusfs.fuse.session import Session

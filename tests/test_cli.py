@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kdbusfs import __version__, cli, daemon, mount
-from kdbusfs.errors import UserError
+from kdbusfs.user_error import UserError
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from weakref import ref
 
 from ..abi.errors import CommandError
 from ..abi.items import Buffer
+from ..peer.fd_table import FD_TABLE
 from ..peer.leftovers import Leftovers
 from ..peer.memory import PoolMemory
-from ..peer.table import TABLE
 from . import wire
 
 _F_SEAL_FUTURE_WRITE = 0x10
@@ -61,14 +61,14 @@ class PassthroughBacking:
         self._leftovers = leftovers
         self._watch = -1
         self._memfd = -1
-        TABLE.charge(uid)
+        FD_TABLE.charge(uid)
         try:
             self._memfd = os.memfd_create("kdbus-conn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             self.backing_id = wire.backing_open(device, self._memfd)
         except OSError:
             if self._memfd >= 0:
                 os.close(self._memfd)
-            TABLE.discharge(uid)
+            FD_TABLE.discharge(uid)
             raise
         self._memory: Callable[[], PoolMemory | None] = lambda: None
         """The mapping that was made last, as long as somebody has it."""
@@ -103,7 +103,7 @@ class PassthroughBacking:
         if self._memfd >= 0:
             os.close(self._memfd)
             self._memfd = -1
-            TABLE.discharge(self._uid)
+            FD_TABLE.discharge(self._uid)
 
     def close(self) -> None:
         wire.backing_close(self._device, self.backing_id)

@@ -46,10 +46,10 @@ from ..bus.node import Node
 from ..bus.shares import Share
 from ..peer.closers import CLOSERS, Closing
 from ..peer.descriptors import FileDescriptor, Watcher, can_be_sent
+from ..peer.fd_table import check_exhausted
 from ..peer.memory import PoolMemory
 from ..peer.process import Process
 from ..peer.stall import MAX_OF_CALL
-from ..peer.table import check_exhausted
 from ..peer.tracer import Installation, Tracer
 from . import wire
 from .backing import Backing

@@ -17,8 +17,8 @@ import trio
 
 from ..bus.domain import Domain
 from ..bus.shares import Budget
-from ..errors import UserError
 from ..peer.namespaces import OWN_USER
+from ..user_error import UserError
 from .relay import tree_pair
 from .router import Router
 from .trace import Trace

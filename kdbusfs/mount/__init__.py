@@ -4,6 +4,6 @@
 `table` is what is mounted where, `overlay` the tmpfs over /sys/fs, `fuse` the mount itself.
 """
 
-from kdbusfs.mount.fuse import FuseMount, check_mount_point, check_remount
+from kdbusfs.mount.fuse_mount import FuseMount, check_mount_point, check_remount
 
 __all__ = ["FuseMount", "check_mount_point", "check_remount"]

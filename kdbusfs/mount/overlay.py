@@ -24,9 +24,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kdbusfs.errors import UserError
-from kdbusfs.mount import table
+from kdbusfs.mount import mountinfo
 from kdbusfs.native import lib
+from kdbusfs.user_error import UserError
 
 SYSFS_DIRECTORY = Path("/sys/fs")
 
@@ -58,12 +58,12 @@ class SysfsOverlay:
         self._name = name
         self._sysfs = sysfs
         self._root = -1
-        self._mount_id: table.MountId | None = None
+        self._mount_id: mountinfo.MountId | None = None
 
     @staticmethod
     def covers() -> bool:
         """Whether an overlay, of whichever kdbusfs, is in place."""
-        seen = table.mount_at(SYSFS_DIRECTORY)
+        seen = mountinfo.mount_at(SYSFS_DIRECTORY)
         return seen is not None and _is_overlay(seen[1])
 
     @staticmethod
@@ -81,7 +81,7 @@ class SysfsOverlay:
             mount.is_kdbusfs
             and mount.path != str(mount_point)
             and Path(mount.path).parent == SYSFS_DIRECTORY
-            for mount in table.mounts()
+            for mount in mountinfo.mounts()
         )
 
     def __enter__(self) -> Self:
@@ -91,7 +91,7 @@ class SysfsOverlay:
                 with suppress(FileExistsError):
                     os.mkdir(self._name, dir_fd=self._sysfs)
                 self._root = os.dup(self._sysfs)
-                self._mount_id = table.MountId.of(self._root)
+                self._mount_id = mountinfo.MountId.of(self._root)
             else:
                 self._attach()
         except BaseException as error:
@@ -112,7 +112,7 @@ class SysfsOverlay:
     ) -> None:
         assert self._mount_id is not None
         try:
-            if not table.detach(self._mount_id):
+            if not mountinfo.detach(self._mount_id):
                 log.warning("%s is covered by another mount and stays as it is", SYSFS_DIRECTORY)
         finally:
             self._close()
@@ -128,16 +128,16 @@ class SysfsOverlay:
             # Before anybody sees it.
             self._root = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=tree)
             try_lock(self._root)
-            mount_id = table.MountId.of(self._root)
-            table.attach(tree, self._sysfs, str(SYSFS_DIRECTORY))
+            mount_id = mountinfo.MountId.of(self._root)
+            mountinfo.attach(tree, self._sysfs, str(SYSFS_DIRECTORY))
         finally:
             os.close(tree)
         try:
-            below = table.below(mount_id)
+            below = mountinfo.below(mount_id)
             if below is not None and _is_overlay(below):
                 raise UserError(f"{SYSFS_DIRECTORY}: another kdbusfs was quicker", os.EX_CANTCREAT)
         except BaseException:
-            table.detach(mount_id)
+            mountinfo.detach(mount_id)
             raise
         self._mount_id = mount_id
 
@@ -147,7 +147,7 @@ class SysfsOverlay:
         The namespace ends with the thread. Returns a descriptor of a detached copy of
         the tree, which goes on to exist.
         """
-        table.checked(lib.kdbusfs_mount_namespace(), "unshare")
+        mountinfo.checked(lib.kdbusfs_mount_namespace(), "unshare")
         children = [Path(entry) for entry in os.scandir(SYSFS_DIRECTORY)]
         links = {child: os.readlink(child) for child in children if child.is_symlink()}
         with ExitStack() as stack:
@@ -157,21 +157,21 @@ class SysfsOverlay:
                 return descriptor
 
             others = [child for child in children if child not in links]
-            clones = {child: held(table.clone_tree(child)) for child in others}
-            options = (("source", table.SOURCE), ("mode", "755"), ("size", "1m"))
-            root = held(table.new_filesystem("tmpfs", options, noexec=True))
-            with table.opened(SYSFS_DIRECTORY) as target:
-                table.attach(root, target, str(SYSFS_DIRECTORY))
+            clones = {child: held(mountinfo.clone_tree(child)) for child in others}
+            options = (("source", mountinfo.SOURCE), ("mode", "755"), ("size", "1m"))
+            root = held(mountinfo.new_filesystem("tmpfs", options, noexec=True))
+            with mountinfo.opened(SYSFS_DIRECTORY) as target:
+                mountinfo.attach(root, target, str(SYSFS_DIRECTORY))
             for child, link in links.items():
                 child.symlink_to(link)
             for child, clone in clones.items():
                 _carry(child, clone)
         (SYSFS_DIRECTORY / self._name).mkdir()
-        return table.clone_tree(SYSFS_DIRECTORY)
+        return mountinfo.clone_tree(SYSFS_DIRECTORY)
 
 
-def _is_overlay(mount: table.Mount) -> bool:
-    return (mount.fstype, mount.source) == ("tmpfs", table.SOURCE)
+def _is_overlay(mount: mountinfo.Mount) -> bool:
+    return (mount.fstype, mount.source) == ("tmpfs", mountinfo.SOURCE)
 
 
 def _carry(child: Path, clone: int) -> None:
@@ -180,8 +180,8 @@ def _carry(child: Path, clone: int) -> None:
         child.mkdir()
     else:
         child.touch()
-    with table.opened(child) as target:
-        table.attach(clone, target, str(child))
+    with mountinfo.opened(child) as target:
+        mountinfo.attach(clone, target, str(child))
 
 
 def _in_thread(function: Callable[[], int]) -> int:

@@ -20,10 +20,10 @@ from errno import EBADF, EINVAL, EMEDIUMTYPE, EMFILE, ETXTBSY
 from struct import Struct
 
 from ..abi.errors import CommandError
-from ..mount.table import FILESYSTEM_TYPE, fstype_of
+from ..mount.mountinfo import FILESYSTEM_TYPE, fstype_of
 from ..native import ffi, lib
 from .closers import CLOSERS
-from .table import TABLE, check_exhausted
+from .fd_table import FD_TABLE, check_exhausted
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _O_PATH = os.O_PATH
@@ -81,7 +81,7 @@ def charge(uid: int) -> None:
     many wait to be closed that it looks like malice. `FileDescriptor` gives it back."""
     if CLOSERS.n_waiting(uid) > MAX_WAITING:
         raise CommandError(EMFILE, f"descriptors of {uid} can't be closed")
-    TABLE.charge(uid)
+    FD_TABLE.charge(uid)
 
 
 def can_be_sent(fd: int) -> bool:
@@ -140,7 +140,7 @@ class FileDescriptor:
             try:
                 os.close(fd)
             finally:
-                TABLE.discharge(uid)
+                FD_TABLE.discharge(uid)
 
         if self._is_harmless(fd):
             with suppress(OSError):

@@ -17,9 +17,9 @@ from weakref import WeakValueDictionary
 
 from ..abi.errors import CommandError
 from ..bus.metadata import PidNamespace, Ranges, UserNamespace
-from ..mount.table import mounts
+from ..mount.mountinfo import mounts
 from . import procfs
-from .table import TABLE, check_exhausted
+from .fd_table import FD_TABLE, check_exhausted
 
 _NS_GET_PARENT = 0xB702
 _NS_GET_OWNER_UID = 0xB704
@@ -64,11 +64,11 @@ class _Pin:
     def __init__(self, tid: int, name: str, uid: int) -> None:
         self.fd = -1
         self._uid = uid
-        TABLE.charge(uid)
+        FD_TABLE.charge(uid)
         try:
             self.fd = os.open(f"/proc/{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            TABLE.discharge(uid)
+            FD_TABLE.discharge(uid)
             check_exhausted(error.errno)
             # Nobody can say then what the thread may do.
             raise CommandError(EPERM, f"the {name} of {tid} can't be told") from None
@@ -76,7 +76,7 @@ class _Pin:
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
-            TABLE.discharge(self._uid)
+            FD_TABLE.discharge(self._uid)
 
 
 class _Maps:

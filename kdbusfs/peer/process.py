@@ -16,11 +16,11 @@ from ..bus.peer import Credentials, Memory
 from ..native import ffi, lib
 from . import procfs
 from .descriptors import FileDescriptor, Watcher, charge
+from .fd_table import FD_TABLE, check_exhausted
 from .memory import PoolMemory
 from .namespaces import OWN_USER, own_number, pid_namespace, user_namespace
 from .procfs import CAP_IPC_OWNER, Status
 from .stall import fail, leave
-from .table import TABLE, check_exhausted
 
 _STATUS = int(AttachFlag.CREDS | AttachFlag.PIDS | AttachFlag.AUXGROUPS | AttachFlag.CAPS)
 """The kinds of metadata that come from /proc/<tid>/status."""
@@ -296,7 +296,7 @@ class Process:
         try:
             taken = self._take(fd)
         except BaseException:
-            TABLE.discharge(self.uid)
+            FD_TABLE.discharge(self.uid)
             raise
         return FileDescriptor(taken, self._watcher, self.uid)
 

@@ -14,7 +14,7 @@ from errno import EPERM
 
 from ..abi.errors import CommandError
 from ..bus.metadata import Capabilities
-from .table import check_exhausted
+from .fd_table import check_exhausted
 
 CAP_IPC_OWNER = 15
 _LARGEST = 1 << 22

@@ -375,14 +375,14 @@ def assert_refused_in(process: "subprocess.Popen[str]") -> None:
 # kdbusfs that locks nothing, and has its mount seen when its stdin is closed.
 WAITS = """
 import sys
-import kdbusfs.mount.fuse as fuse
-fuse.try_lock = lambda directory: True
-attach = fuse.FuseMount.attach
+from kdbusfs.mount import fuse_mount
+fuse_mount.try_lock = lambda directory: True
+attach = fuse_mount.FuseMount.attach
 def attach_later(self):
     print("ready", flush=True)
     sys.stdin.read()
     attach(self)
-fuse.FuseMount.attach = attach_later
+fuse_mount.FuseMount.attach = attach_later
 from kdbusfs.cli import main
 raise SystemExit(main())
 """
@@ -513,12 +513,12 @@ def test_the_kind_of_pool_is_chosen_by_what_the_kernel_can_do(directory):
 
 # kdbusfs that fails as soon as its mount is seen.
 FAILS_LATE = """
-import kdbusfs.mount.fuse as fuse
-attach = fuse.FuseMount.attach
+from kdbusfs.mount import fuse_mount
+attach = fuse_mount.FuseMount.attach
 def attach_and_fail(self):
     attach(self)
     raise RuntimeError("on purpose")
-fuse.FuseMount.attach = attach_and_fail
+fuse_mount.FuseMount.attach = attach_and_fail
 from kdbusfs.cli import main
 raise SystemExit(main())
 """
@@ -650,11 +650,21 @@ def test_sysfs_can_be_covered_again_as_soon_as_it_is_unmounted(sysfs):
 @pytest.mark.parametrize(
     "function",
     [
-        *("fuse._opened", "fuse._locked", "fuse._open_device", "fuse.FuseMount._create"),
-        *("fuse.FuseMount.attach", "table.below", "table.attach", "table.new_filesystem"),
-        *("overlay._carry", "overlay.SysfsOverlay._build", "fuse.FuseMount._close_root"),
+        *(
+            "fuse_mount._opened",
+            "fuse_mount._locked",
+            "fuse_mount._open_device",
+            "fuse_mount.FuseMount._create",
+        ),
+        *(
+            "fuse_mount.FuseMount.attach",
+            "mountinfo.below",
+            "mountinfo.attach",
+            "mountinfo.new_filesystem",
+        ),
+        *("overlay._carry", "overlay.SysfsOverlay._build", "fuse_mount.FuseMount._close_root"),
         # The second time it is the directory in the cover.
-        "fuse._opened#2",
+        "fuse_mount._opened#2",
     ],
 )
 @pytest.mark.parametrize("when", ["before", "after"])

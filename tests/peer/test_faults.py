@@ -38,8 +38,8 @@ from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import AttachFlag
 from kdbusfs.bus.metadata import PidNamespace, ProcessMetadata, Viewer
 from kdbusfs.peer import descriptors, namespaces, process, procfs
+from kdbusfs.peer.fd_table import FD_TABLE
 from kdbusfs.peer.process import Process
-from kdbusfs.peer.table import TABLE
 
 EXHAUSTED = (EMFILE, ENFILE, ENOMEM)
 ERRNOS = (ENAMETOOLONG, ESRCH, EACCES, EPERM, ENOENT, ENOTDIR, EIO, EINVAL, *EXHAUSTED)
@@ -159,7 +159,7 @@ def peer(tid: int) -> Process:
 
 def left_open() -> tuple[list[str], dict[int, int]]:
     gc.collect()
-    shares = TABLE._share
+    shares = FD_TABLE._share
     return sorted(os.listdir("/proc/self/fd")), dict(shares._taken) if shares else {}
 
 
@@ -306,11 +306,11 @@ def test_mounts_may_be_named_by_bytes_that_are_no_text(monkeypatch: pytest.Monke
 
 def test_a_namespace_is_charged_to_who_is_in_it(stranger: int) -> None:
     caller = peer(stranger)
-    before = TABLE.taken(caller.uid)
+    before = FD_TABLE.taken(caller.uid)
     users, pids = caller.credentials().user_namespace, caller.pid_namespace()
     assert isinstance(pids, PidNamespace)
-    assert TABLE.taken(caller.uid) == before + 3
+    assert FD_TABLE.taken(caller.uid) == before + 3
     assert caller.credentials().user_namespace is users
     del users, pids
     gc.collect()
-    assert TABLE.taken(caller.uid) == before
+    assert FD_TABLE.taken(caller.uid) == before

@@ -56,8 +56,8 @@ from kdbusfs.abi.numbers import (
     MsgFlag,
 )
 from kdbusfs.abi.structs import CREDS, I32, PIDS, U64
-from kdbusfs.errors import UserError
 from kdbusfs.peer.closers import CROWDED, MAX_THREADS, PER_USER
+from kdbusfs.user_error import UserError
 from mount.processes import fds_of
 from mount.raw import (
     MIB,

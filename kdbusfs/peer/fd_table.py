@@ -20,7 +20,7 @@ RESERVE = 256
 MOST = 1 << 15
 
 
-class Table:
+class FdTable:
     """*size* numbers; without it, as many as the process may have when it is first asked."""
 
     def __init__(self, size: int = 0) -> None:
@@ -49,7 +49,7 @@ class Table:
         return self._share.taken(uid) if self._share is not None else 0
 
 
-TABLE = Table()
+FD_TABLE = FdTable()
 
 _EXHAUSTED = frozenset({EMFILE, ENFILE})
 

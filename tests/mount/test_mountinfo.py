@@ -13,8 +13,8 @@ import pytest
 
 import daemons
 from daemons import KDBUSFS, MountNamespace, mounted_at, serving, wait_until
-from kdbusfs.mount import table
-from kdbusfs.mount.table import Mount, MountId
+from kdbusfs.mount import mountinfo
+from kdbusfs.mount.mountinfo import Mount, MountId
 
 LINE = (
     rb"36 35 98:0 /mnt1 /mnt\0402 rw,noatime shared:1 master:2"
@@ -80,21 +80,21 @@ def test_a_source_may_be_anything(source):
 def test_lines_that_make_no_sense_are_passed_over(monkeypatch):
     text = b"\n".join([LINE, b"a line of its own", LINE.replace(b"36 ", b"37 "), b""])
     monkeypatch.setattr("builtins.open", lambda path, mode: io.BytesIO(text))
-    assert [mount.id for mount in table.mounts()] == [36, 37]
-    assert table.fstype_of(os.makedev(98, 0)) == "ext!3"
-    assert table.fstype_of(os.makedev(8, 0)) is None
+    assert [mount.id for mount in mountinfo.mounts()] == [36, 37]
+    assert mountinfo.fstype_of(os.makedev(98, 0)) == "ext!3"
+    assert mountinfo.fstype_of(os.makedev(8, 0)) is None
 
 
 def test_the_table_is_what_the_descriptors_say():
-    listed = {mount.id: mount for mount in table.mounts()}
-    with table.opened("/proc") as descriptor:
+    listed = {mount.id: mount for mount in mountinfo.mounts()}
+    with mountinfo.opened("/proc") as descriptor:
         mount_id = MountId.of(descriptor)
     assert listed[mount_id.id].path == "/proc"
-    assert table.mount_at(Path("/proc")) == (mount_id, listed[mount_id.id])
-    assert table.mount_at(Path("/proc/self")) is None
-    assert table.mount_at(Path("/missing")) is None
-    assert table.mount_at(Path("/proc/version/x")) is None
-    assert table.fstype_of(os.stat("/proc").st_dev) == "proc"
+    assert mountinfo.mount_at(Path("/proc")) == (mount_id, listed[mount_id.id])
+    assert mountinfo.mount_at(Path("/proc/self")) is None
+    assert mountinfo.mount_at(Path("/missing")) is None
+    assert mountinfo.mount_at(Path("/proc/version/x")) is None
+    assert mountinfo.fstype_of(os.stat("/proc").st_dev) == "proc"
 
 
 # --- mounts elsewhere, of whatever name --------------------------------------------------
@@ -156,7 +156,7 @@ with Bus(sys.argv[1], f"{os.geteuid()}-odd") as bus:
 
 
 def test_a_running_one_passes_descriptors_beside_odd_mounts(namespace, tmp_path):
-    """Whether a file is a node of some kdbusfs is looked up in the table."""
+    """Whether a file is a node of some kdbusfs is looked up in the mountinfo."""
     path = Path("/mnt/kdbus")
     log = tmp_path / "log"
     with log.open("wb") as stderr:
@@ -203,17 +203,17 @@ def test_a_mount_that_got_the_number_of_another_one_is_not_taken_for_it(namespac
     script = """
 import sys
 from pathlib import Path
-from kdbusfs.mount import table
+from kdbusfs.mount import mountinfo
 path = Path("/mnt/odd")
-mount_id, mount = table.mount_at(path)
+mount_id, mount = mountinfo.mount_at(path)
 assert mount.source == "one"
 if not mount_id.unique:
     sys.exit(77)
-assert table.detach(mount_id._replace(unique=mount_id.unique - 1))
-assert table.mount_at(path) == (mount_id, mount)
-assert table.detach(mount_id)
-assert table.mount_at(path) is None
-assert table.detach(mount_id)
+assert mountinfo.detach(mount_id._replace(unique=mount_id.unique - 1))
+assert mountinfo.mount_at(path) == (mount_id, mount)
+assert mountinfo.detach(mount_id)
+assert mountinfo.mount_at(path) is None
+assert mountinfo.detach(mount_id)
 """
     namespace.do("mount -t tmpfs one /mnt/odd")
     result = namespace.run(KDBUSFS.with_name("python"), "-c", script)
@@ -226,17 +226,17 @@ def test_what_is_covered_is_not_unmounted_and_nor_is_its_cover(namespace):
     script = """
 import subprocess
 from pathlib import Path
-from kdbusfs.mount import table
+from kdbusfs.mount import mountinfo
 path = Path("/mnt/odd")
-lower, _ = table.mount_at(path)
+lower, _ = mountinfo.mount_at(path)
 subprocess.run(["mount", "-t", "tmpfs", "two", path], check=True)
-upper, mount = table.mount_at(path)
-assert table.below(upper).id == lower.id
-assert not table.detach(lower)
-assert table.mount_at(path) == (upper, mount)
-assert table.detach(upper)
-assert table.detach(lower)
-assert table.mount_at(path) is None
+upper, mount = mountinfo.mount_at(path)
+assert mountinfo.below(upper).id == lower.id
+assert not mountinfo.detach(lower)
+assert mountinfo.mount_at(path) == (upper, mount)
+assert mountinfo.detach(upper)
+assert mountinfo.detach(lower)
+assert mountinfo.mount_at(path) is None
 """
     namespace.do("mount -t tmpfs one /mnt/odd")
     result = namespace.run(KDBUSFS.with_name("python"), "-c", script)

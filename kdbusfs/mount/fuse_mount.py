@@ -27,10 +27,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kdbusfs.errors import UserError
-from kdbusfs.mount import table
+from kdbusfs.mount import mountinfo
 from kdbusfs.mount.overlay import SYSFS_DIRECTORY, SysfsOverlay, try_lock
 from kdbusfs.native import ffi, lib
+from kdbusfs.user_error import UserError
 
 FUSE_DEVICE = "/dev/fuse"
 LOCK_SECONDS = 5.0
@@ -100,7 +100,7 @@ def _mounted_already(path: str | Path) -> UserError:
 
 
 def _is_kdbusfs_at(path: Path) -> bool:
-    seen = table.mount_at(path)
+    seen = mountinfo.mount_at(path)
     return seen is not None and seen[1].is_kdbusfs
 
 
@@ -187,7 +187,7 @@ class _Place:
 
 def _make_way(mount_point: Path) -> None:
     """Detach the mount of a kdbusfs that was killed at the same place; UserError if one lives."""
-    seen = table.mount_at(mount_point)
+    seen = mountinfo.mount_at(mount_point)
     if seen is None or not seen[1].is_kdbusfs:
         return
     try:
@@ -195,7 +195,7 @@ def _make_way(mount_point: Path) -> None:
     except OSError as error:
         if error.errno in DEAD:
             log.info("%s: unmounting what a killed kdbusfs left", mount_point)
-            table.detach(seen[0])
+            mountinfo.detach(seen[0])
             return
         raise
     raise _mounted_already(mount_point)
@@ -214,7 +214,7 @@ def _opened(directory: Path) -> int:
 def _mode_and_device(descriptor: int) -> tuple[int, int]:
     """st_mode and st_dev, without asking whoever serves the filesystem."""
     fields = ffi.new("uint32_t[3]")
-    table.checked(lib.kdbusfs_stat(descriptor, fields, fields + 1, fields + 2), "statx")
+    mountinfo.checked(lib.kdbusfs_stat(descriptor, fields, fields + 1, fields + 2), "statx")
     return int(fields[0]), os.makedev(fields[1], fields[2])
 
 
@@ -241,9 +241,9 @@ def _locked(directory: Path, is_late: bool) -> int:
 
 def _is_on_top(descriptor: int, directory: Path) -> bool:
     """Whether it is what is still seen at *directory*: it may have been locked too late."""
-    with suppress(OSError), table.opened(directory) as seen:
+    with suppress(OSError), mountinfo.opened(directory) as seen:
         return _is_at(descriptor, directory) and (
-            table.MountId.of(seen) == table.MountId.of(descriptor)
+            mountinfo.MountId.of(seen) == mountinfo.MountId.of(descriptor)
         )
     return False
 
@@ -273,7 +273,7 @@ class FuseMount:
     It owns `device`: whoever reads requests has a duplicate of it.
     """
 
-    def __init__(self, mount_point: Path, source: str = table.SOURCE) -> None:
+    def __init__(self, mount_point: Path, source: str = mountinfo.SOURCE) -> None:
         self.mount_point = mount_point
         self.device = -1
         self.device_number = -1
@@ -281,7 +281,7 @@ class FuseMount:
         self._source = source
         self._place = _Place(mount_point)
         self._root = -1
-        self._mount_id: table.MountId | None = None
+        self._mount_id: mountinfo.MountId | None = None
         self._is_told_covered = False
         # A signal may have it unmounted while it is being attached.
         self._lock = threading.Lock()
@@ -323,7 +323,7 @@ class FuseMount:
     def _create(self) -> None:
         options = {
             "source": self._source,
-            "subtype": table.FILESYSTEM_TYPE.partition(".")[2],
+            "subtype": mountinfo.FILESYSTEM_TYPE.partition(".")[2],
             "fd": str(self.device),
             "rootmode": "40000",
             "user_id": "0",
@@ -331,8 +331,8 @@ class FuseMount:
             "allow_other": None,
             "default_permissions": None,
         }
-        self._root = table.new_filesystem("fuse", options.items())
-        self._mount_id = table.MountId.of(self._root)
+        self._root = mountinfo.new_filesystem("fuse", options.items())
+        self._mount_id = mountinfo.MountId.of(self._root)
         _, self.device_number = _mode_and_device(self._root)
 
     def attach(self) -> None:
@@ -344,11 +344,11 @@ class FuseMount:
             if self._root == -1:
                 return
             assert self._mount_id is not None
-            table.attach(self._root, self._place.directory, str(self.mount_point))
+            mountinfo.attach(self._root, self._place.directory, str(self.mount_point))
             self._close_root()
-            below = table.below(self._mount_id)
+            below = mountinfo.below(self._mount_id)
             if below is not None and below.is_kdbusfs:
-                table.detach(self._mount_id)
+                mountinfo.detach(self._mount_id)
                 raise _mounted_already(self.mount_point)
             self._place.let_go()
 
@@ -361,7 +361,7 @@ class FuseMount:
         with self._lock:
             if self._root != -1:
                 self._close_root()
-            elif self._mount_id is not None and not table.detach(self._mount_id):
+            elif self._mount_id is not None and not mountinfo.detach(self._mount_id):
                 self._tell_covered()
 
     def _tell_covered(self) -> None:
@@ -392,7 +392,7 @@ class FuseMount:
         poll.register(self.device, 0)
         if any(events & select.POLLERR for _, events in poll.poll(0)):
             return
-        connections = table.new_filesystem("fusectl")
+        connections = mountinfo.new_filesystem("fusectl")
         try:
             path = f"{os.minor(connection)}/abort"
             with suppress(FileNotFoundError):
