@@ -109,8 +109,6 @@ class Relay:
 
     def _send(self, opcode: int, unique: int, nodeid: int, ids: Ids, request: Buffer) -> None:
         target = f"nodeid={nodeid}"
-        if self._trace is not None and opcode == Opcode.LOOKUP:
-            target += f" {bytes(request[IN_HEADER_SIZE:-1]).decode(errors='replace')}"
         self._outstanding[unique] = opcode, ids, target, time.monotonic_ns()
         self._socket.send(request)
 
@@ -164,9 +162,7 @@ class Relay:
     def _mend(self, opcode: int, reply: memoryview) -> memoryview:
         if opcode == Opcode.INIT:
             return memoryview(self._mended_init(reply))
-        if opcode == Opcode.LOOKUP:
-            self._mend_attr(reply, OUT_HEADER_SIZE + _ENTRY_ATTR)
-        elif opcode in (Opcode.GETATTR, Opcode.SETATTR):
+        if opcode == Opcode.SETATTR:
             self._mend_attr(reply, OUT_HEADER_SIZE + _ATTR_ATTR)
         elif opcode == Opcode.READDIRPLUS:
             at = OUT_HEADER_SIZE

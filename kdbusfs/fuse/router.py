@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The router: one thread reads every request of the mount.
 
-Handle requests are answered right there; requests on the tree are pyfuse3's, by way of the relay.
+Requests on open files are answered right there, and so are LOOKUP and GETATTR, which each open
+brings along; all else on the tree is pyfuse3's, by way of the relay.
 
 While nobody waits each request is handled as it comes. When they come faster, all that are there
 are read, and served in turn (`fair.py`): those of one user in order, those of several users by the
@@ -23,6 +24,8 @@ from collections import deque
 from collections.abc import Callable
 from struct import Struct
 
+from pyfuse3 import FUSEError
+
 from ..abi.items import Buffer
 from ..abi.structs import U32
 from ..bus.domain import Domain
@@ -39,7 +42,7 @@ from .relay import Relay
 from .trace import Trace
 from .tree import Tree
 from .watches import Watches
-from .wire import IN_HEADER, Opcode
+from .wire import IN_HEADER, IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Opcode
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,9 @@ _UID_AT = 24
 _LOOK_NS = 50_000_000
 """How often a caller that can't be let go is looked at, in case it is killed."""
 _INTERRUPT = int(Opcode.INTERRUPT)
-_QUEUED = frozenset({_IOCTL, _POLL, int(Opcode.OPEN)})
+_LOOKUP = int(Opcode.LOOKUP)
+_GETATTR = int(Opcode.GETATTR)
+_QUEUED = frozenset({_IOCTL, _POLL, _LOOKUP, _GETATTR, int(Opcode.OPEN)})
 """What a thread waits for and the router answers."""
 
 
@@ -87,6 +92,7 @@ class Router:
         self._device = device
         self._domain = domain
         self._tree = tree
+        tree.on_change = self._drop_attributes
         self._invalidator = Invalidator(device, tree.nodeid)
         domain.root.on_unlink = self._invalidator.drop
         self.relay = Relay(device, tree, tree_socket, trace, self._initialise)
@@ -333,7 +339,9 @@ class Router:
         self, opcode: int, unique: int, nodeid: int, ids: tuple[int, int, int], request: memoryview
     ) -> None:
         handles = self._handles
-        if opcode == Opcode.OPEN:
+        if opcode in (_LOOKUP, _GETATTR):
+            self._describe(opcode, unique, nodeid, ids, request)
+        elif opcode == Opcode.OPEN:
             handles.open(unique, nodeid, ids, request)
         elif opcode == Opcode.RELEASE:
             handles.release(unique, ids, request)
@@ -349,6 +357,31 @@ class Router:
             handles.refuse(unique, ids, Opcode(opcode).name)
         else:
             self.relay.take(opcode, unique, nodeid, ids, request)
+
+    def _describe(
+        self, opcode: int, unique: int, nodeid: int, ids: tuple[int, int, int], request: memoryview
+    ) -> None:
+        """LOOKUP or GETATTR."""
+        name, body, error = b"", b"", 0
+        try:
+            if opcode == _LOOKUP:
+                name = bytes(request[IN_HEADER_SIZE:-1])
+                body = self._tree.entry(nodeid, name)
+            else:
+                body = self._tree.attributes(nodeid)
+        except FUSEError as failure:
+            error = failure.errno
+        # It goes with the next wait, in the same call of C.
+        self._handles.reply = OUT_HEADER.pack(OUT_HEADER_SIZE + len(body), -error, unique) + body
+        if self._trace is not None:
+            target = f"nodeid={nodeid} {name.decode(errors='replace')}".rstrip()
+            self._trace.line(Opcode(opcode).name, ids, error, target)
+
+    def _drop_attributes(self, nodeid: int) -> None:
+        """In the tree's thread: have the kernel ask anew what *nodeid* is like."""
+        code = wire.NOTIFY_CODE_INVAL_INODE
+        size = wire.NOTIFY_INVAL_INODE.size
+        self._write(wire.NOTIFY_INVAL_INODE.pack(size, code, 0, nodeid, -1, 0))
 
     def _write(self, data: Buffer) -> None:
         try:

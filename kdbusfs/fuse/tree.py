@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The tree of nodes as the kernel sees it: pyfuse3's operations.
 
-Every LOOKUP of an endpoint answers a nodeid that was never used before, and nothing is cached, so
-that each open has an inode of its own, with a page cache and a backing file of its own. st_ino is
-the node's, the same for all. Operations run in the main thread and only read the bus; what the
-kernel has forgotten is forgotten in the router's thread, at once.
+Every LOOKUP of an endpoint answers a nodeid that was never used before, so that each open has an
+inode of its own, with a page cache and a backing file of its own. st_ino is the node's, the same
+for all. The kernel keeps no name, so that a node is gone at once when what it stands for is.
+
+LOOKUP and GETATTR, which every open brings along, the router answers with what `entry` and
+`attributes` give it, and what the kernel has forgotten is forgotten there, too. All that is rare is
+pyfuse3's: those operations run in the main thread, and but for modes and owners only read the bus.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -26,18 +30,37 @@ if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, InodeT, ReaddirToken, RequestContext, SetattrFields
 
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
+_YEAR = 365 * 24 * 3600
+_CONTROL = "control"
 
 
 class _Inode:
     """A nodeid the kernel knows, and how often it was told of it."""
 
-    __slots__ = ("n_lookups", "node", "size", "time_ns")
+    __slots__ = ("has_pool", "n_lookups", "node", "size", "time_ns")
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, has_pool: bool) -> None:
         self.node = node
+        self.has_pool = has_pool
         self.n_lookups = 0
         self.size = 0
         self.time_ns = time.time_ns()
+
+
+def _time_to_keep(inode: _Inode) -> tuple[int, int]:
+    """How long the kernel may believe its attributes, in seconds and nanoseconds. Those of
+    directories and of the control file change by way of the kernel alone. An endpoint has several
+    inodes, so its own are for the open that asked: the kernel's next tick ends that."""
+    return (0, 1) if inode.has_pool else (_YEAR, 0)
+
+
+def _stat(inode: _Inode) -> tuple[int, ...]:
+    """The fields of struct fuse_attr."""
+    node = inode.node
+    seconds, nanoseconds = divmod(inode.time_ns, 10**9)
+    times = (seconds,) * 3 + (nanoseconds,) * 3
+    n_links = 2 if node.is_directory else 1
+    return node.ino, inode.size, 0, *times, node.mode, n_links, node.uid, node.gid, 0, _PAGE_SIZE, 0
 
 
 class Tree(pyfuse3.Operations):
@@ -47,12 +70,16 @@ class Tree(pyfuse3.Operations):
 
     def __init__(self, root: Node) -> None:
         super().__init__()
-        self._inodes: dict[int, _Inode] = {pyfuse3.ROOT_INODE: _Inode(root)}
-        self._stable: dict[Node, int] = {root: pyfuse3.ROOT_INODE}
-        """The nodeids of directories and the control file, which have no pool."""
+        self._inodes: dict[int, _Inode] = {pyfuse3.ROOT_INODE: _Inode(root, False)}
+        self._nodeids: dict[Node, set[int]] = {root: {pyfuse3.ROOT_INODE}}
+        """What the kernel knows each node by: one nodeid for directories and the control file,
+        which have no pool, one for each open of an endpoint."""
         self._last_nodeid = int(pyfuse3.ROOT_INODE)
         self._lock = threading.Lock()
-        """Held while nodeids come and go: the router's thread forgets them, this one tells them."""
+        """Held while nodeids come and go: the router's thread tells and forgets them, and a listing
+        in this one tells some, too."""
+        self.on_change: Callable[[int], None] | None = None
+        """Told of a nodeid whose attributes have changed by way of another one of the same node."""
 
     # --- for the router's thread
 
@@ -63,7 +90,24 @@ class Tree(pyfuse3.Operations):
 
     def nodeid(self, node: Node) -> int | None:
         """What the kernel knows a directory by, if it does."""
-        return self._stable.get(node)
+        with self._lock:
+            return next(iter(self._nodeids.get(node, ())), None)
+
+    def entry(self, parent: int, name: bytes) -> bytes:
+        """The answer to LOOKUP of *name* in the directory *parent*; FUSEError."""
+        directory = self._find(parent).node
+        node = directory.children.get(name.decode(errors="replace")) if directory.alive else None
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        with self._lock:
+            nodeid, inode = self._tell(node)
+        seconds, nanoseconds = _time_to_keep(inode)
+        return wire.ENTRY_OUT.pack(nodeid, 0, 0, seconds, 0, nanoseconds, *_stat(inode))
+
+    def attributes(self, nodeid: int) -> bytes:
+        """The answer to GETATTR; FUSEError."""
+        inode = self._find(nodeid)
+        return wire.ATTR_OUT.pack(*_time_to_keep(inode), *_stat(inode))
 
     def set_size(self, nodeid: int, size: int) -> None:
         """Let *nodeid* have a size: that of the pool in its page cache."""
@@ -91,8 +135,10 @@ class Tree(pyfuse3.Operations):
         inode.n_lookups -= n_lookups
         if inode.n_lookups <= 0:
             del self._inodes[nodeid]
-            if self._stable.get(inode.node) == nodeid:
-                del self._stable[inode.node]
+            nodeids = self._nodeids[inode.node]
+            nodeids.discard(nodeid)
+            if not nodeids:
+                del self._nodeids[inode.node]
 
     # --- operations
 
@@ -102,16 +148,20 @@ class Tree(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.ESTALE)
         return inode
 
-    def _new_nodeid(self, node: Node) -> int:
-        """The nodeid to tell for *node*: of an endpoint, a new one each time."""
-        has_pool = stat.S_ISREG(node.mode) and node.name != "control"
-        if not has_pool and node in self._stable:
-            return self._stable[node]
-        self._last_nodeid += 1
-        self._inodes[self._last_nodeid] = _Inode(node)
-        if not has_pool:
-            self._stable[node] = self._last_nodeid
-        return self._last_nodeid
+    def _tell(self, node: Node) -> tuple[int, _Inode]:
+        """The nodeid to tell for *node*, once more: of an endpoint, a new one each time."""
+        nodeids = self._nodeids.setdefault(node, set())
+        has_pool = stat.S_ISREG(node.mode) and node.name != _CONTROL
+        if has_pool or not nodeids:
+            self._last_nodeid += 1
+            nodeid = self._last_nodeid
+            nodeids.add(nodeid)
+            inode = self._inodes[nodeid] = _Inode(node, has_pool)
+        else:
+            (nodeid,) = nodeids
+            inode = self._inodes[nodeid]
+        inode.n_lookups += 1
+        return nodeid, inode
 
     def _attributes(self, nodeid: int) -> pyfuse3.EntryAttributes:
         inode = self._find(nodeid)
@@ -120,7 +170,8 @@ class Tree(pyfuse3.Operations):
         # pyfuse3 tells the kernel st_ino as nodeid; the router puts the node's own number in.
         entry.st_ino = nodeid
         entry.generation = 0
-        entry.entry_timeout = entry.attr_timeout = 0
+        entry.entry_timeout = 0
+        entry.attr_timeout = 0 if inode.has_pool else _YEAR
         entry.st_mode = node.mode
         entry.st_nlink = 2 if node.is_directory else 1
         entry.st_uid, entry.st_gid = node.uid, node.gid
@@ -129,21 +180,6 @@ class Tree(pyfuse3.Operations):
         entry.st_blocks = 0
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = inode.time_ns
         return entry
-
-    async def lookup(
-        self, parent_inode: InodeT, name: bytes, ctx: RequestContext
-    ) -> pyfuse3.EntryAttributes:
-        parent = self._find(parent_inode).node
-        node = parent.children.get(name.decode(errors="replace")) if parent.alive else None
-        if node is None:
-            raise pyfuse3.FUSEError(errno.ENOENT)
-        with self._lock:
-            nodeid = self._new_nodeid(node)
-            self._inodes[nodeid].n_lookups += 1
-        return self._attributes(nodeid)
-
-    async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        return self._attributes(inode)
 
     async def setattr(
         self,
@@ -162,7 +198,16 @@ class Tree(pyfuse3.Operations):
             node.uid = attr.st_uid
         if fields.update_gid:
             node.gid = attr.st_gid
+        self._tell_others(node, inode)
         return self._attributes(inode)
+
+    def _tell_others(self, node: Node, changed: int) -> None:
+        """Before chmod(2) and the like return, the kernel believes nothing else of the node."""
+        with self._lock:
+            nodeids = self._nodeids.get(node, set()) - {changed}
+        for nodeid in nodeids:
+            if self.on_change is not None:
+                self.on_change(nodeid)
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         return pyfuse3.FileHandleT(inode)
@@ -181,8 +226,7 @@ class Tree(pyfuse3.Operations):
             if cursor <= start_id:
                 continue
             with self._lock:
-                nodeid = self._new_nodeid(node)
-                self._inodes[nodeid].n_lookups += 1
+                nodeid, _ = self._tell(node)
             if not pyfuse3.readdir_reply(
                 token, node.name.encode(), self._attributes(nodeid), cursor
             ):
@@ -192,7 +236,8 @@ class Tree(pyfuse3.Operations):
 
     def _list_dot(self, token: ReaddirToken, name: bytes, node: Node, cursor: int) -> bool:
         """`.` or `..`, which the kernel does not look up, nor forgets."""
-        entry = self._attributes(self._stable.get(node, pyfuse3.ROOT_INODE))
+        nodeid = self.nodeid(node)
+        entry = self._attributes(pyfuse3.ROOT_INODE if nodeid is None else nodeid)
         return bool(pyfuse3.readdir_reply(token, name, entry, cursor))
 
     async def releasedir(self, fh: FileHandleT) -> None:

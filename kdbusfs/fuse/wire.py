@@ -20,6 +20,14 @@ INIT_IN = Struct("=IIIII")
 INIT_OUT = Struct("=IIIIHHIIHHIIH22x")
 """struct fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold,
 max_write, time_gran, max_pages, map_alignment, flags2, max_stack_depth, request_timeout."""
+_ATTR = "QQQQQQIIIIIIIIII"
+"""struct fuse_attr: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid,
+gid, rdev, blksize, flags."""
+ENTRY_OUT = Struct("=QQQQII" + _ATTR)
+"""struct fuse_entry_out: nodeid, generation, entry_valid, attr_valid, the nanoseconds of both,
+attr."""
+ATTR_OUT = Struct("=QI4x" + _ATTR)
+"""struct fuse_attr_out: attr_valid, its nanoseconds, dummy, attr."""
 OPEN_IN = Struct("=II")
 """struct fuse_open_in: flags, open_flags."""
 OPEN_OUT = Struct("=QIi")
@@ -54,10 +62,14 @@ NOTIFY_STORE = Struct("=IiQQQII")
 NOTIFY_INVAL_ENTRY = Struct("=IiQQII")
 """fuse_out_header and struct fuse_notify_inval_entry_out in one: ..., parent, namelen, flags."""
 
+NOTIFY_INVAL_INODE = Struct("=IiQQqq")
+"""fuse_out_header and struct fuse_notify_inval_inode_out in one: ..., ino, off, len."""
+
 IOCTL_AT = IN_HEADER_SIZE + IOCTL_IN.size
 """Where the struct that comes with an ioctl begins in its request."""
 
 NOTIFY_CODE_POLL = 1
+NOTIFY_CODE_INVAL_INODE = 2
 NOTIFY_CODE_INVAL_ENTRY = 3
 NOTIFY_CODE_STORE = 4
 

@@ -34,6 +34,10 @@ def poll(unique: int, uid: int) -> bytes:
     return request(Opcode.POLL, unique, uid, wire.POLL_IN.pack(4711, 0, 0, 0))
 
 
+def lookup(unique: int, uid: int, name: bytes) -> bytes:
+    return request(Opcode.LOOKUP, unique, uid, name + b"\0")
+
+
 def release(unique: int) -> bytes:
     return request(Opcode.RELEASE, unique, 0, wire.RELEASE_IN.pack(4711, 0, 0, 0))
 
@@ -114,6 +118,23 @@ def test_users_are_served_in_turn(bench: Bench) -> None:
     assert order[:2] == [2, 20]
     assert order.index(22) < len(order) - 1
     assert [u for u in order if u < 20] == [2, 4, 6, 8, 10]
+
+
+def test_names_are_looked_up_in_turn_without_pyfuse3(bench: Bench) -> None:
+    """Which does not run here."""
+    bench.take_in(lookup(2, 1, b"control"), lookup(4, 1, b"none"), lookup(6, 2, b"control"))
+    assert not bench.answered()
+    bench.serve_all()
+    bench.router._write_reply()
+    replies = [bench.kernel.recv(4096) for _ in range(3)]
+    heads = [wire.OUT_HEADER.unpack_from(reply) for reply in replies]
+    assert [(error, unique) for _, error, unique in heads] == [(0, 2), (0, 6), (-errno.ENOENT, 4)]
+    first, second = (
+        wire.ENTRY_OUT.unpack_from(reply, wire.OUT_HEADER_SIZE) for reply in replies[:2]
+    )
+    assert first == second
+    # Its name is not kept, its attributes are.
+    assert first[2] == 0 < first[3]
 
 
 def test_a_close_waits_for_nobody(bench: Bench) -> None:

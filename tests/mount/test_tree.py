@@ -373,6 +373,18 @@ def test_chmod_and_chown_hold_for_the_nodes_life(mount: daemons.Mount, root_fd: 
         assert access(root_fd, bus, USER, USER) == "0"
 
 
+def test_a_changed_mode_is_known_at_once_wherever_the_endpoint_is_held(bus: Bus) -> None:
+    """Each holder has an inode of its own, and the kernel knows a mode for each."""
+    holders = [os.open(bus.path, os.O_PATH) for _ in range(3)]
+    for i in range(200):
+        mode = 0o600 | i & 0o77
+        assert [stat.S_IMODE(os.fstat(fd).st_mode) for fd in holders]
+        os.chmod(bus.path, mode)
+        assert [stat.S_IMODE(os.fstat(fd).st_mode) for fd in holders] == [mode] * 3
+    for fd in holders:
+        os.close(fd)
+
+
 def test_nodes_have_no_extended_attributes(mount: daemons.Mount, bus: Bus) -> None:
     for path in (mount.path, mount.path / "control", bus.directory, bus.path):
         for attempt in (
