@@ -12,13 +12,27 @@ from typing import NamedTuple
 
 from .errors import CommandError
 from .numbers import ItemType, Limit
-from .structs import ITEM_HEADER, ITEM_HEADER_SIZE, MEMFD, U64, VEC
+from .structs import (
+    BLOOM_PARAMETER,
+    CREDS,
+    I32,
+    ID_CHANGE,
+    ITEM_HEADER,
+    ITEM_HEADER_SIZE,
+    MEMFD,
+    NAME_CHANGE,
+    PIDS,
+    POLICY_ACCESS,
+    U64,
+    VEC,
+)
 from .valid_names import is_sysname
 
 Buffer = bytes | bytearray | memoryview
 
 _unpack_item_header = ITEM_HEADER.unpack_from
 _unpack_vec = VEC.unpack_from
+_VEC_SIZE = VEC.size
 _new_tuple = tuple.__new__
 
 
@@ -57,7 +71,7 @@ def _multiple_of(n: int) -> Callable[[Buffer, int, int], None]:
 
 
 def _check_vec(data: Buffer, start: int, size: int) -> None:
-    if size != 16 or not _unpack_vec(data, start)[0]:
+    if size != _VEC_SIZE or not _unpack_vec(data, start)[0]:
         raise CommandError(EINVAL, "malformed PAYLOAD_VEC")
 
 
@@ -92,38 +106,38 @@ def _check_sysname(data: Buffer, start: int, size: int) -> None:
 
 
 def _check_name_change(data: Buffer, start: int, size: int) -> None:
-    if size < 32:
+    if size < NAME_CHANGE.size:
         raise CommandError(EINVAL, "malformed NAME_* rule")
-    if size > 32:
-        _check_string(data, start + 32, size - 32)
+    if size > NAME_CHANGE.size:
+        _check_string(data, start + NAME_CHANGE.size, size - NAME_CHANGE.size)
 
 
 _CHECKS: dict[ItemType, Callable[[Buffer, int, int], None] | None] = {
-    ItemType.NEGOTIATE: _multiple_of(8),
+    ItemType.NEGOTIATE: _multiple_of(U64.size),
     ItemType.PAYLOAD_VEC: _check_vec,
     ItemType.PAYLOAD_MEMFD: _check_memfd,
-    ItemType.FDS: _multiple_of(4),
-    ItemType.CANCEL_FD: _exactly(4),
-    ItemType.BLOOM_PARAMETER: _exactly(16),
+    ItemType.FDS: _multiple_of(I32.size),
+    ItemType.CANCEL_FD: _exactly(I32.size),
+    ItemType.BLOOM_PARAMETER: _exactly(BLOOM_PARAMETER.size),
     ItemType.BLOOM_FILTER: _check_bloom_filter,
     ItemType.BLOOM_MASK: None,
     ItemType.DST_NAME: _check_string,
     ItemType.MAKE_NAME: _check_sysname,
-    ItemType.ATTACH_FLAGS_SEND: _exactly(8),
-    ItemType.ATTACH_FLAGS_RECV: _exactly(8),
-    ItemType.ID: _exactly(8),
+    ItemType.ATTACH_FLAGS_SEND: _exactly(U64.size),
+    ItemType.ATTACH_FLAGS_RECV: _exactly(U64.size),
+    ItemType.ID: _exactly(U64.size),
     ItemType.NAME: _check_string,
-    ItemType.DST_ID: _exactly(8),
-    ItemType.CREDS: _exactly(64),
-    ItemType.PIDS: _exactly(24),
+    ItemType.DST_ID: _exactly(U64.size),
+    ItemType.CREDS: _exactly(CREDS.size),
+    ItemType.PIDS: _exactly(PIDS.size),
     ItemType.SECLABEL: _check_string,
     ItemType.CONN_DESCRIPTION: _check_sysname,
-    ItemType.POLICY_ACCESS: _exactly(24),
+    ItemType.POLICY_ACCESS: _exactly(POLICY_ACCESS.size),
     ItemType.NAME_ADD: _check_name_change,
     ItemType.NAME_REMOVE: _check_name_change,
     ItemType.NAME_CHANGE: _check_name_change,
-    ItemType.ID_ADD: _exactly(16),
-    ItemType.ID_REMOVE: _exactly(16),
+    ItemType.ID_ADD: _exactly(ID_CHANGE.size),
+    ItemType.ID_REMOVE: _exactly(ID_CHANGE.size),
 }
 
 

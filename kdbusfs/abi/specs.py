@@ -27,6 +27,9 @@ from .numbers import (
 
 _I = ItemType
 
+RETURN_FLAGS = structs.CMD_RETURN_FLAGS, structs.CMD_SIZE
+"""What every command gives back, also with an error, once its argument has been read."""
+
 
 class CommandSpec(NamedTuple):
     """What a command's argument may hold."""
@@ -40,6 +43,10 @@ class CommandSpec(NamedTuple):
     mandatory: frozenset[int]
     tolerated: int
     """Flags that are accepted without being allowed, and ignored."""
+    returns: tuple[int, int]
+    """Which bytes of the struct a command that succeeds gives back: from return_flags to here."""
+    msg_return_flags: int
+    """Where the return_flags of a message that is handed over stand, 0 where none is."""
 
 
 def _spec(
@@ -48,10 +55,20 @@ def _spec(
     flags: int = 0,
     items: dict[int, ItemRule] | None = None,
     tolerated: int = 0,
+    returns: tuple[int, int] = RETURN_FLAGS,
+    msg_return_flags: int = 0,
 ) -> CommandSpec:
     items = item_rules() if items is None else items
     mandatory = frozenset(t for t, rule in items.items() if rule.mandatory)
-    return CommandSpec(name, struct.size, int(flags), items, mandatory, int(tolerated))
+    return CommandSpec(
+        *(name, struct.size, int(flags), items, mandatory, int(tolerated)),
+        *(returns, msg_return_flags),
+    )
+
+
+def _up_to_end(struct: Struct) -> tuple[int, int]:
+    """All that follows the flags: the fields that the bus fills in are the last ones."""
+    return structs.CMD_RETURN_FLAGS, struct.size
 
 
 def _all(family: type) -> int:
@@ -72,8 +89,21 @@ MESSAGE = _spec(
 )
 """struct kdbus_msg as SEND finds it at msg_address."""
 
-_SEND = _spec("SEND", structs.CMD_SEND, _all(SendFlag), item_rules(single=(_I.CANCEL_FD,)))
-_RECV = _spec("RECV", structs.CMD_RECV, _all(RecvFlag))
+_SEND = _spec(
+    "SEND",
+    structs.CMD_SEND,
+    _all(SendFlag),
+    item_rules(single=(_I.CANCEL_FD,)),
+    returns=_up_to_end(structs.CMD_SEND),
+    msg_return_flags=structs.CMD_SEND_REPLY_RETURN_FLAGS,
+)
+_RECV = _spec(
+    "RECV",
+    structs.CMD_RECV,
+    _all(RecvFlag),
+    returns=_up_to_end(structs.CMD_RECV),
+    msg_return_flags=structs.CMD_RECV_MSG_RETURN_FLAGS,
+)
 
 COMMAND_SPECS: dict[int, CommandSpec] = {
     Command.BUS_MAKE: _spec(
@@ -96,6 +126,7 @@ COMMAND_SPECS: dict[int, CommandSpec] = {
             single=(_I.NAME, _I.CREDS, _I.PIDS, _I.SECLABEL, _I.CONN_DESCRIPTION),
             repeated=(_I.POLICY_ACCESS,),
         ),
+        returns=_up_to_end(structs.CMD_HELLO),
     ),
     Command.UPDATE: _spec(
         "UPDATE",
@@ -108,9 +139,19 @@ COMMAND_SPECS: dict[int, CommandSpec] = {
     ),
     Command.BYEBYE: _spec("BYEBYE", structs.CMD),
     Command.FREE: _spec("FREE", structs.CMD_FREE),
-    Command.CONN_INFO: _spec("CONN_INFO", structs.CMD_INFO, 0, item_rules(single=(_I.NAME,))),
-    Command.BUS_CREATOR_INFO: _spec("BUS_CREATOR_INFO", structs.CMD_INFO),
-    Command.LIST: _spec("LIST", structs.CMD_LIST, _all(ListFlag)),
+    Command.CONN_INFO: _spec(
+        "CONN_INFO",
+        structs.CMD_INFO,
+        0,
+        item_rules(single=(_I.NAME,)),
+        returns=_up_to_end(structs.CMD_INFO),
+    ),
+    Command.BUS_CREATOR_INFO: _spec(
+        "BUS_CREATOR_INFO", structs.CMD_INFO, returns=_up_to_end(structs.CMD_INFO)
+    ),
+    Command.LIST: _spec(
+        "LIST", structs.CMD_LIST, _all(ListFlag), returns=_up_to_end(structs.CMD_LIST)
+    ),
     Command.SEND: _SEND,
     Command.RECV: _RECV,
     Command.NAME_ACQUIRE: _spec(

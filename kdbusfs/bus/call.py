@@ -15,8 +15,8 @@ from typing import Any
 from ..abi.errors import CommandError, Fault
 from ..abi.items import Buffer, Item, walk
 from ..abi.numbers import FLAG_NEGOTIATE, ItemType, Limit
-from ..abi.specs import CommandSpec
-from ..abi.structs import U64
+from ..abi.specs import RETURN_FLAGS, CommandSpec
+from ..abi.structs import CMD_FLAGS, CMD_RETURN_FLAGS, U64
 from .peer import Peer
 
 _MAX_SIZE = int(Limit.COMMAND_SIZE)
@@ -25,6 +25,8 @@ _unpack_u64 = U64.unpack_from
 _pack_u64 = U64.pack_into
 _NO_ITEMS: list[Item] = []
 _NO_DATA = bytearray()
+NOTHING = (0, 0)
+"""What a call stores that has stored all by itself."""
 
 
 class Step:
@@ -97,7 +99,7 @@ class Argument:
     def validate(self) -> None:
         """Check flags and items, and negotiate where that is asked for."""
         spec, data = self.spec, self.data
-        (flags,) = _unpack_u64(data, 8)
+        (flags,) = _unpack_u64(data, CMD_FLAGS)
         if flags & ~(spec.flags | spec.tolerated):
             if flags & ~(spec.flags | spec.tolerated | FLAG_NEGOTIATE):
                 raise CommandError(EINVAL, "unknown flags")
@@ -109,18 +111,18 @@ class Argument:
                 if item[0] == _NEGOTIATE:
                     self._negotiate_items(item)
         if self.negotiating:
-            U64.pack_into(data, 8, spec.flags)
-            self.peer.write(self.address + 8, data[8:16])
+            U64.pack_into(data, CMD_FLAGS, spec.flags)
+            self.peer.write(self.address + CMD_FLAGS, data[CMD_FLAGS:CMD_RETURN_FLAGS])
         elif spec.mandatory:
             missing = spec.mandatory - {item.type for item in self.items}
             if missing:
                 raise CommandError(EINVAL, f"{spec.name} lacks item {min(missing):#x}")
 
     def _negotiate_items(self, item: Item) -> None:
-        for at in range(item.start, item.start + item.size, 8):
+        for at in range(item.start, item.start + item.size, U64.size):
             if _unpack_u64(self.data, at)[0] not in self.spec.items:
                 U64.pack_into(self.data, at, 0)
-                self.peer.write(self.address + at, bytes(8))
+                self.peer.write(self.address + at, bytes(U64.size))
 
     def u64(self, offset: int) -> int:
         """The field of the struct at *offset*."""
@@ -147,8 +149,8 @@ class Argument:
 class Call(Argument):
     """One command on its way through the bus.
 
-    The handler puts results into `data` and says with `store` which bytes of it the caller gets;
-    the shell writes them back. A handler that has to wait (SYNC_REPLY) returns PENDING; whoever
+    The handler puts results into `data`; the shell writes back what the command returns by its spec
+    (`store`). A handler that has to wait (SYNC_REPLY) returns PENDING; whoever
     ends the wait calls `complete(call, errno)`, which does nothing but remember that: it comes in
     the middle of somebody else's command, or at the end of a connection. Some time after that the
     shell calls `Handle.finish`, and answers.
@@ -186,9 +188,9 @@ class Call(Argument):
         self.code = code
         self.read = False
         """Whether the argument was read in full, so that return_flags is stored from here on."""
-        self.store = (16, 24)
+        self.store = spec.returns
         """Which bytes of the struct the caller gets back when the command succeeds."""
-        self.store_on_error = (16, 24)
+        self.store_on_error = RETURN_FLAGS
         self.complete = complete
         self.error = 0
         """The errno it was completed with."""
@@ -204,9 +206,11 @@ class Call(Argument):
     def fetch(self, inline: Buffer) -> None:
         """Load and validate the argument. Whatever return_flags held, it is 0 from here on."""
         self.load(inline)
-        _pack_u64(self.data, 16, 0)
+        _pack_u64(self.data, CMD_RETURN_FLAGS, 0)
         self.read = True
         self.validate()
+        if self.negotiating:
+            self.store = RETURN_FLAGS
 
     def begin(self, step: Step) -> None:
         """Leave *step* to `commit` or `undo`, whichever comes."""
@@ -227,9 +231,14 @@ class Call(Argument):
         for step in reversed(begun):
             step.undo()
 
+    def store_results(self) -> None:
+        """Store what the command returns already now, while it can still fail."""
+        start, end = self.store
+        self.peer.write(self.address + start, self.data[start:end])
+
     def returns(self, flags: int) -> None:
         """Set return_flags."""
-        U64.pack_into(self.data, 16, flags)
+        _pack_u64(self.data, CMD_RETURN_FLAGS, flags)
 
 
 PENDING = 1

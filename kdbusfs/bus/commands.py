@@ -38,7 +38,7 @@ from ..abi.numbers import (
     SendFlag,
 )
 from ..abi.specs import MESSAGE
-from ..abi.structs import I32, I64, INFO, U64, U64x2, U64x3
+from ..abi.structs import I32, I64, INFO, MSG_INFO, NAME_CHANGE, U64, U64x2
 from ..abi.valid_names import is_well_known
 from .call import Argument, Call
 from .connection import (
@@ -129,7 +129,7 @@ def byebye(connection: Connection, call: Call) -> int:
 def free(connection: Connection, call: Call) -> int:
     """KDBUS_CMD_FREE (kdbus.pool(7)): give a slice back. The offset of an empty result, which is
     the pool's size, is fine too."""
-    (offset,) = U64.unpack_from(call.data, 24)
+    (offset,) = U64.unpack_from(call.data, structs.CMD_FREE_OFFSET)
     if offset != connection.pool.size:
         connection.pool.free(offset)
     return 0
@@ -142,8 +142,10 @@ def recv(connection: Connection, call: Call) -> int:
     flags, data = call.flags, call.data
     if flags & _DROP and flags & _USE_PRIORITY:
         raise CommandError(EINVAL, "DROP together with USE_PRIORITY")
-    call.store = (16, 64)
-    entry = connection.pick(I64.unpack_from(data, 24)[0] if flags & _USE_PRIORITY else None)
+    priority = None
+    if flags & _USE_PRIORITY:
+        (priority,) = I64.unpack_from(data, structs.CMD_RECV_PRIORITY)
+    entry = connection.pick(priority)
     transfer = None
     if entry is not None and not flags & _DROP:
         transfer = connection.publish(entry)
@@ -151,9 +153,9 @@ def recv(connection: Connection, call: Call) -> int:
     lost = connection.lost
     connection.lost = 0
     call.returns(_DROPPED_MSGS if lost else 0)
-    _RECV_RESULT.pack_into(data, 32, lost, connection.pool.size, 0, 0)
+    _RECV_RESULT.pack_into(data, structs.CMD_RECV_DROPPED_MSGS, lost, connection.pool.size, 0, 0)
     if entry is None:
-        call.store_on_error = (16, 64)
+        call.store_on_error = call.store
         raise CommandError(EAGAIN, "no message")
     if flags & _DROP:
         connection.bus.drop(connection, entry)
@@ -164,14 +166,14 @@ def recv(connection: Connection, call: Call) -> int:
         call.fds = transfer
     elif transfer is not None:
         transfer.release()
-    U64x2.pack_into(data, 40, entry.slice.offset, entry.size)
+    U64x2.pack_into(data, structs.CMD_RECV_MSG, entry.slice.offset, entry.size)
     return 0
 
 
 @command(Command.SEND, ExtensionCommand.SEND)
 def send(connection: Connection, call: Call) -> int:
     """KDBUS_CMD_SEND (kdbus.message(7)): send a message, or make a synchronous call."""
-    address = call.u64(24)
+    address = call.u64(structs.CMD_SEND_MSG_ADDRESS)
     if call.negotiating and not address:
         return 0
     argument = Argument(MESSAGE, call.peer, address)
@@ -191,8 +193,7 @@ def send(connection: Connection, call: Call) -> int:
             cancel.check_pollable()
         sync = bool(call.flags & _SYNC_REPLY)
         message = Message(connection, argument, sync)
-        call.store = (16, 56)
-        U64x3.pack_into(call.data, 32, connection.pool.size, 0, 0)
+        MSG_INFO.pack_into(call.data, structs.CMD_SEND_REPLY, connection.pool.size, 0, 0)
         return connection.bus.send(message, call, sync=sync, cancel=cancel)
     finally:
         if cancel is not None:
@@ -239,7 +240,7 @@ def list_(connection: Connection, call: Call) -> int:
 @command(Command.CONN_INFO, kinds=_ANY_KIND)
 def conn_info(connection: Connection, call: Call) -> int:
     """KDBUS_CMD_CONN_INFO (kdbus.connection(7)): what is known of a connection."""
-    kinds = attach_flags(call.u64(32))
+    kinds = attach_flags(call.u64(structs.CMD_INFO_ATTACH_FLAGS))
     target = _info_target(connection, call)
     kinds &= target.attach_flags_send & ~_TIMESTAMP
     items = target.metadata.items(kinds & PROCESS, connection.viewer, call.peer)
@@ -249,7 +250,7 @@ def conn_info(connection: Connection, call: Call) -> int:
 
 
 def _info_target(connection: Connection, call: Call) -> Connection:
-    id_ = call.u64(24)
+    id_ = call.u64(structs.CMD_INFO_ID)
     name = call.string(ItemType.NAME)
     endpoint, bus = connection.endpoint, connection.bus
     who = call.peer.credentials() if endpoint.custom else connection.opener
@@ -272,15 +273,14 @@ def _store_info(
     chain = b"".join(items)
     size = INFO.size + len(chain)
     offset = publish_result(connection, call, INFO.pack(size, id_, flags) + chain)
-    call.store = (16, 56)
-    U64x2.pack_into(call.data, 40, offset, size)
+    U64x2.pack_into(call.data, structs.CMD_INFO_OFFSET, offset, size)
 
 
 @command(Command.BUS_CREATOR_INFO, kinds=_ANY_KIND)
 def bus_creator_info(connection: Connection, call: Call) -> int:
     """KDBUS_CMD_BUS_CREATOR_INFO (kdbus.bus(7)): who made the bus."""
     bus = connection.bus
-    kinds = attach_flags(call.u64(32)) & bus.creator_mask & PROCESS
+    kinds = attach_flags(call.u64(structs.CMD_INFO_ATTACH_FLAGS)) & bus.creator_mask & PROCESS
     items = [build_string(ItemType.MAKE_NAME, bus.name.encode())]
     items += bus.creator_metadata.items(kinds, connection.viewer, call.peer)
     _store_info(connection, call, bus.id, bus.flags, items)
@@ -332,7 +332,7 @@ def match_add(connection: Connection, call: Call) -> int:
         for item in call.items
         if item.type != ItemType.NEGOTIATE
     ]
-    cookie = call.u64(24)
+    cookie = call.u64(structs.CMD_MATCH_COOKIE)
     if call.flags & MatchFlag.REPLACE:
         connection.remove_matches(cookie)
     connection.add_match(Match(connection, cookie, rules))
@@ -342,7 +342,7 @@ def match_add(connection: Connection, call: Call) -> int:
 @command(Command.MATCH_REMOVE)
 def match_remove(connection: Connection, call: Call) -> int:
     """KDBUS_CMD_MATCH_REMOVE (kdbus.match(7)): drop all matches with this cookie."""
-    if not connection.remove_matches(call.u64(24)):
+    if not connection.remove_matches(call.u64(structs.CMD_MATCH_COOKIE)):
         raise CommandError(EBADSLT, "no match with this cookie")
     return 0
 
@@ -363,8 +363,8 @@ def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule:
         return Rule(type_, name=payload[:-1])
     if type_ in (ItemType.ID, ItemType.DST_ID, ItemType.ID_ADD, ItemType.ID_REMOVE):
         return Rule(type_, U64.unpack_from(payload)[0])
-    old_id, _, new_id, _ = structs.NAME_CHANGE.unpack_from(payload)
-    name = payload[32:-1] if len(payload) > 32 else None
+    old_id, _, new_id, _ = NAME_CHANGE.unpack_from(payload)
+    name = payload[NAME_CHANGE.size : -1] if len(payload) > NAME_CHANGE.size else None
     return Rule(type_, new_id, old_id, name)
 
 
@@ -373,7 +373,7 @@ def fd_socket(connection: Connection, call: Call) -> int:
     """KDBUSFS_CMD_FD_SOCKET: take the socket on which descriptors are to be sent to those who
     receive with the extension's commands. EINVAL unless it is an AF_UNIX socket, SOCK_SEQPACKET,
     with the caller's own user at the other end; EBADF for an O_PATH descriptor."""
-    socket = call.peer.take(I32.unpack_from(call.data, 24)[0])
+    socket = call.peer.take(I32.unpack_from(call.data, structs.CMD_FD_SOCKET_FD)[0])
     try:
         socket.become_channel()
     except BaseException:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..abi.errors import CommandError
 from ..abi.items import Buffer, build, build_string
 from ..abi.numbers import AttachFlag, HelloFlag, ItemType, Limit, NameFlag, RecvReturnFlag
-from ..abi.structs import I32, MSG_INFO, U64
+from ..abi.structs import CMD_SEND_REPLY, I32, MSG_INFO, U64
 from .call import Call, Held, Step
 from .metadata import ProcessMetadata, Viewer
 from .peer import Credentials, release
@@ -36,7 +36,6 @@ _IN_QUEUE = int(NameFlag.IN_QUEUE)
 _NAMES = int(AttachFlag.NAMES)
 _DESCRIPTION = int(AttachFlag.CONN_DESCRIPTION)
 _INCOMPLETE_FDS = int(RecvReturnFlag.INCOMPLETE_FDS)
-_REPLY_AT = 32
 """Offset of reply in struct kdbus_cmd_send."""
 
 
@@ -98,7 +97,7 @@ class QueueEntry(Held):
         call.fds = self.receiver.publish(self)
         # Nothing below can fail.
         self.receiver.discard(self)
-        MSG_INFO.pack_into(call.data, _REPLY_AT, self.slice.offset, self.size, 0)
+        MSG_INFO.pack_into(call.data, CMD_SEND_REPLY, self.slice.offset, self.size, 0)
 
     def release_descriptors(self) -> None:
         """The message is gone; who receives its files holds them by itself."""

@@ -34,7 +34,7 @@ from ..abi.specs import COMMAND_SPECS
 from ..abi.structs import U64, U64x2
 from ..abi.valid_names import is_policy_name
 from .bus import Bus
-from .call import Call, Step
+from .call import NOTHING, Call, Step
 from .commands import COMMANDS, attach_flags, read_policy
 from .connection import ACTIVATOR, MONITOR, POLICY_HOLDER, SPECIAL, Connection
 from .domain import Domain
@@ -286,9 +286,10 @@ class Handle:
         """KDBUS_CMD_HELLO (kdbus.connection(7)): become a connection."""
         endpoint = self.endpoint
         assert endpoint is not None
-        pool_size = call.u64(56)
+        pool_size = call.u64(structs.CMD_HELLO_POOL_SIZE)
         name = self._check_hello(call, endpoint, pool_size)
-        send_mask, recv_mask = attach_flags(call.u64(24)), attach_flags(call.u64(32))
+        send_mask = attach_flags(call.u64(structs.CMD_HELLO_ATTACH_FLAGS_SEND))
+        recv_mask = attach_flags(call.u64(structs.CMD_HELLO_ATTACH_FLAGS_RECV))
         id_ = self.domain.next_id()
         metadata, faked = self._hello_metadata(call)
         user = endpoint.user
@@ -328,11 +329,10 @@ class Handle:
         slice_ = pool.allocate(len(item))
         pool.memory.write(slice_.offset, item)
         pool.publish(slice_)
-        U64x2.pack_into(call.data, 40, bus.flags, connection.id)
-        U64x2.pack_into(call.data, 64, slice_.offset, len(item))
-        call.data[80:96] = bus.id128
-        call.store = (16, 96)
-        call.peer.write(call.address + 16, call.data[16:96])
+        U64x2.pack_into(call.data, structs.CMD_HELLO_BUS_FLAGS, bus.flags, connection.id)
+        U64x2.pack_into(call.data, structs.CMD_HELLO_OFFSET, slice_.offset, len(item))
+        call.data[structs.CMD_HELLO_ID128 : structs.CMD_HELLO.size] = bus.id128
+        call.store_results()
         # No HELLO can follow on a pool that has been sealed, so this comes last.
         pool.memory.seal()
         return slice_
@@ -499,8 +499,8 @@ def _no_memory(size: int) -> Memory:
 
 def _store_results(call: Call) -> None:
     """Store what BUS_MAKE and ENDPOINT_MAKE return while they can still fail."""
-    call.peer.write(call.address + 16, call.data[16:24])
-    call.store = (16, 16)
+    call.store_results()
+    call.store = NOTHING
 
 
 def _given(call: Call, type_: ItemType) -> bytes:

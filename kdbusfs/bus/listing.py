@@ -13,7 +13,7 @@ from errno import ECONNRESET, EIO
 
 from ..abi.errors import CommandError
 from ..abi.numbers import ListFlag, NameFlag
-from ..abi.structs import INFO, U64x2
+from ..abi.structs import CMD_LIST_OFFSET, INFO, U64x2
 from .call import PENDING, Call
 from .connection import MONITOR, Connection, Result, owned_name_item
 from .names import NamesView
@@ -111,14 +111,13 @@ class Listing:
                 n_seen = 0
                 yield
         self._views = []
-        self.call.store = (16, 40)
-        U64x2.pack_into(self.call.data, 24, pool.size, size)
+        U64x2.pack_into(self.call.data, CMD_LIST_OFFSET, pool.size, size)
         if not size:
             return
         self.result = Result(pool, size)
         self.call.begin(self.result)
         at = self.result.slice.offset
-        U64x2.pack_into(self.call.data, 24, at, size)
+        U64x2.pack_into(self.call.data, CMD_LIST_OFFSET, at, size)
         n_written = 0
         for chunk in chunks:
             pool.memory.write(at, chunk)

@@ -31,9 +31,13 @@ from ..abi.errors import CommandError
 from ..abi.items import Buffer, Item, build, build_string
 from ..abi.numbers import ID_ANY, OFFSET_NONE, AttachFlag, ItemType, Limit, MsgFlag, PayloadType
 from ..abi.structs import (
+    BLOOM_FILTER_DATA,
     I32,
     ID_CHANGE,
+    ITEM_HEADER_SIZE,
+    ITEM_TYPE,
     MEMFD,
+    MEMFD_FD,
     MSG,
     MSG_SIZE,
     MSG_SRC_ID,
@@ -41,6 +45,7 @@ from ..abi.structs import (
     TIMESTAMP,
     U64,
     VEC,
+    VEC_OFFSET,
 )
 from ..abi.valid_names import is_well_known
 from .match import Change, Signal
@@ -238,14 +243,14 @@ class Message:
         size, address = _unpack_vec(template, start)
         if size > _VEC_SIZE:
             raise CommandError(EMSGSIZE, f"vec of {size} bytes")
-        _pack_u64(template, start - 8, _OFF)
+        _pack_u64(template, start - ITEM_HEADER_SIZE + ITEM_TYPE, _OFF)
         if not address:
-            _pack_u64(template, start + 8, OFFSET_NONE)
+            _pack_u64(template, start + VEC_OFFSET, OFFSET_NONE)
             self._add_filler(size)
             return
         if address + size > USER_SPACE_END:
             raise CommandError(EFAULT, "vec outside user space")
-        self._offsets.append((start + 8, self.n_payload))
+        self._offsets.append((start + VEC_OFFSET, self.n_payload))
         self._segments.append((address, size))
         self.n_payload += size
 
@@ -264,12 +269,15 @@ class Message:
         self._add_filler(size)
 
     def _add_bloom_filter(self, payload: bytes) -> None:
-        n_bloom = len(payload) - 8
+        n_bloom = len(payload) - BLOOM_FILTER_DATA
         if n_bloom % 8:
             raise CommandError(EFAULT, f"bloom filter of {n_bloom} bytes")
         if n_bloom != self.sender.bus.bloom_size:
             raise CommandError(EDOM, f"bloom filter of {n_bloom} bytes")
-        self.bloom = U64.unpack_from(payload)[0], int.from_bytes(payload[8:], "little")
+        self.bloom = (
+            U64.unpack_from(payload)[0],
+            int.from_bytes(payload[BLOOM_FILTER_DATA:], "little"),
+        )
 
     def _add_dst_name(self, name: bytes) -> None:
         if not is_well_known(name):
@@ -321,7 +329,7 @@ class Message:
         if not self._fd_items:
             return _NO_POSITIONS
         fds = [i for item in self._fd_items if item.type == _FDS for i in _range(item)]
-        return fds + [item.start + 16 for item in self._fd_items if item.type == _MEMFD]
+        return fds + [item.start + MEMFD_FD for item in self._fd_items if item.type == _MEMFD]
 
     def number(self, seqnum: int) -> None:
         """Give it its place in the bus's order."""

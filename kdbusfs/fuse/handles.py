@@ -36,7 +36,7 @@ from ..abi.errors import CommandError, Fault, Stalled
 from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, Limit, RecvReturnFlag
 from ..abi.specs import COMMAND_SPECS
-from ..abi.structs import U32, U64
+from ..abi.structs import CMD_RETURN_FLAGS, U32, U64
 from ..bus.call import PENDING, Call
 from ..bus.connection import Connection, FdTransfer
 from ..bus.domain import Domain
@@ -391,8 +391,8 @@ class Handles:
                 # Without its traceback, which would keep this frame and all it holds alive.
                 why = failure.with_traceback(None)
             if ioctl.read and in_size and not ioctl.code & _DIRECTION_READ:
-                (before,) = _unpack_u64(request, IOCTL_AT + 16)
-                (after,) = _unpack_u64(ioctl.data, 16)
+                (before,) = _unpack_u64(request, IOCTL_AT + CMD_RETURN_FLAGS)
+                (after,) = _unpack_u64(ioctl.data, CMD_RETURN_FLAGS)
                 if not before and not after and self._trace is None:
                     # It failed, and return_flags is 0 as it was: not worth a write (1.3 us).
                     self._send(ioctl, _pack_out_header(OUT_HEADER_SIZE, -error, ioctl.unique))
@@ -580,7 +580,7 @@ class Handles:
 
     def put_return_flags(self, call: Call, flags: int) -> None:
         """Set msg.return_flags (RECV) or reply.return_flags (SEND)."""
-        U64.pack_into(call.data, call.store[1] - 8, flags)
+        U64.pack_into(call.data, call.spec.msg_return_flags, flags)
 
     def _install(self, ioctl: Ioctl, transfer: FdTransfer) -> None:
         """Have the call answered, and descriptors put into its caller's table."""
@@ -684,7 +684,9 @@ class Handles:
     def _wake(self, file: OpenFile) -> None:
         if file.poll_wanted:
             file.poll_wanted = False
-            self._write(wire.NOTIFY_POLL.pack(24, wire.NOTIFY_CODE_POLL, 0, file.kh))
+            self._write(
+                wire.NOTIFY_POLL.pack(wire.NOTIFY_POLL.size, wire.NOTIFY_CODE_POLL, 0, file.kh)
+            )
 
     # --- read and write: page faults of a cache pool, and what users must not do
 

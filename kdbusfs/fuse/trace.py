@@ -20,7 +20,7 @@ from ..abi.numbers import (
     RecvFlag,
     SendFlag,
 )
-from ..abi.structs import U64
+from ..abi.structs import CMD_RETURN_FLAGS, U64
 from .ioctl import Ioctl
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Trace:
         elif call.flags and family is not None:
             words.append(f"flags={family(call.flags).name or hex(call.flags)}")
         if call.read and not error:
-            (returned,) = U64.unpack_from(call.data, 16)
+            (returned,) = U64.unpack_from(call.data, CMD_RETURN_FLAGS)
             if returned:
                 words.append(f"return_flags={returned:#x}")
         peer = call.peer

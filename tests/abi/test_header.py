@@ -8,12 +8,15 @@ out here so that a slip in ours can't hide.
 import shutil
 import struct
 import subprocess
+from collections.abc import Iterator
 from enum import IntEnum, IntFlag
 from pathlib import Path
 
 import pytest
 
 from kdbusfs.abi import numbers, structs
+from kdbusfs.abi.numbers import Command, ExtensionCommand
+from kdbusfs.abi.specs import COMMAND_SPECS
 
 INCLUDE = Path(__file__).parents[2] / "libkdbus" / "include"
 STANDARDS = ("c99", "c11", "c17", "gnu11", "c++11", "c++17", "c++20")
@@ -469,4 +472,28 @@ def test_the_daemon_has_the_same_layouts(name: str) -> None:
 def test_the_daemon_has_the_same_offsets() -> None:
     assert STRUCTS["kdbus_item"][1]["data"] == structs.ITEM_HEADER_SIZE
     assert STRUCTS["kdbus_msg"][0] == structs.MSG_SIZE
-    assert STRUCTS["kdbus_msg"][1]["src_id"] == structs.MSG_SRC_ID
+    assert STRUCTS["kdbus_cmd"][0] == structs.CMD_SIZE
+    offsets = {f"{prefix}_{field.upper()}": at for prefix, field, at in fields()}
+    sizes = {"ITEM_HEADER_SIZE", "MSG_SIZE", "CMD_SIZE"}
+    ours = {name: n for name, n in vars(structs).items() if isinstance(n, int) and name.isupper()}
+    assert ours.keys() - sizes <= offsets.keys(), "an offset that nothing holds against the header"
+    assert all(offsets[name] == ours[name] for name in ours.keys() - sizes)
+
+
+def fields() -> Iterator[tuple[str, str, int]]:
+    """Each field of each struct, as the daemon names it: CMD_RECV, msg_return_flags, its offset."""
+    for struct_, (_, found) in STRUCTS.items():
+        prefix = struct_.removeprefix("kdbusfs_").removeprefix("kdbus_").upper()
+        for field, offset in found.items():
+            yield prefix, field.replace(".", "_"), offset
+
+
+@pytest.mark.parametrize("code", COMMAND_SPECS)
+def test_commands_give_back_the_fields_behind_what_is_given(code: int) -> None:
+    """What a command returns begins with return_flags. Whatever comes behind that is either all
+    of its struct, or nothing."""
+    spec = COMMAND_SPECS[code]
+    returning = {Command.HELLO, Command.CONN_INFO, Command.BUS_CREATOR_INFO, Command.LIST}
+    handing_over = {Command.SEND, Command.RECV, ExtensionCommand.SEND, ExtensionCommand.RECV}
+    assert spec.returns == (16, spec.size if code in returning | handing_over else 24)
+    assert spec.msg_return_flags == (spec.size - 8 if code in handing_over else 0)
