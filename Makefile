@@ -31,6 +31,9 @@ endif
 
 C_SOURCES = $(filter-out %/_native.c,$(wildcard kdbusfs/native/*.c libkdbus/src/*.c examples/*.c \
 	bench/*.c tests/*.c tests/*/*.c))
+# and what clang-format holds in shape, .clang-format says how
+C_FILES = $(C_SOURCES) $(wildcard tests/*/*/*.c kdbusfs/native/*.h libkdbus/src/*.h libkdbus/include/kdbus/*.h \
+	bench/*.h tests/*/*.h)
 C_WARNINGS := -std=gnu11 -O2 -D_GNU_SOURCE= -Wall -Wextra -Wshadow -Wundef -Wstrict-prototypes \
 	-Wmissing-prototypes -Wvla -Werror
 
@@ -56,9 +59,10 @@ test: root setup library ## run all tests, on both kinds of pool (TESTS=... pick
 fuzz: root setup library ## throw anything at a bus for TIME seconds (SEED=... repeats a run)
 	@KDBUSFS_FUZZ_SECONDS=$(TIME) KDBUSFS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s tests/fuzz
 
-check: setup ## ruff, mypy, and the C compiler with warnings as errors
+check: setup ## ruff, mypy, clang-format, and the C compiler with warnings as errors
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	@$(BIN)/mypy
 	@for source in $(C_SOURCES); do \
 		$(CC) $(C_WARNINGS) $(CPPFLAGS) -Ilibkdbus/include -Ikdbusfs/native -c -o /dev/null $$source || exit 1; \

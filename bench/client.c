@@ -18,15 +18,12 @@ static const struct {
 	const char *name;
 	int (*run)(const Options *options);
 } tables[] = {
-	{ "basic", table_basic },
-	{ "calls", table_calls },
-	{ "broadcast", table_broadcast },
-	{ "scale", table_scale },
-	{ "fds", table_fds },
-	{ "metadata", table_metadata },
+	{ "basic", table_basic }, { "calls", table_calls }, { "broadcast", table_broadcast },
+	{ "scale", table_scale }, { "fds", table_fds },     { "metadata", table_metadata },
 };
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
 	struct rlimit limit = { 65536, 65536 };
 	Options options;
 	size_t i;

@@ -19,13 +19,15 @@
 #define ALIGN8(x) (((x) + 7) & ~UINT64_C(7))
 
 /* Tells on stderr what failed, and hands the error on. */
-int fail(const char *what, int error) {
+int fail(const char *what, int error)
+{
 	fprintf(stderr, "%s: %s\n", what, strerror(-error));
 	return error;
 }
 
 /* Returns the number of bytes used, padding included. */
-static size_t item_put(void *at, uint64_t type, const void *data, size_t n_data) {
+static size_t item_put(void *at, uint64_t type, const void *data, size_t n_data)
+{
 	struct kdbus_item *item = at;
 
 	item->size = ITEM_HEADER + n_data;
@@ -46,7 +48,9 @@ static size_t item_put(void *at, uint64_t type, const void *data, size_t n_data)
  *
  * Return: 0 on success, negative error code on failure.
  */
-int bus_make(int *fdp, char *path, size_t n_path, const char *directory, const char *name, uint64_t flags) {
+int bus_make(int *fdp, char *path, size_t n_path, const char *directory, const char *name,
+	     uint64_t flags)
+{
 	struct kdbus_bloom_parameter bloom = { .size = BLOOM_SIZE, .n_hash = 1 };
 	uint64_t buffer[COMMAND_MAX / 8] = {};
 	struct kdbus_cmd *command = (void *)buffer;
@@ -61,8 +65,10 @@ int bus_make(int *fdp, char *path, size_t n_path, const char *directory, const c
 
 	command->size = sizeof(*command);
 	command->flags = flags;
-	command->size += item_put((uint8_t *)command + command->size, KDBUS_ITEM_BLOOM_PARAMETER, &bloom, sizeof(bloom));
-	command->size += item_put((uint8_t *)command + command->size, KDBUS_ITEM_MAKE_NAME, full, strlen(full) + 1);
+	command->size += item_put((uint8_t *)command + command->size, KDBUS_ITEM_BLOOM_PARAMETER,
+				  &bloom, sizeof(bloom));
+	command->size += item_put((uint8_t *)command + command->size, KDBUS_ITEM_MAKE_NAME, full,
+				  strlen(full) + 1);
 
 	r = sample_ioctl(NULL, fd, KDBUS_CMD_BUS_MAKE, command);
 	if (r < 0) {
@@ -86,14 +92,9 @@ int bus_make(int *fdp, char *path, size_t n_path, const char *directory, const c
  *
  * Return: 0 on success, negative error code on failure.
  */
-int connection_init(
-	Connection *connection,
-	const char *path,
-	uint64_t pool_size,
-	uint64_t flags,
-	uint64_t attach_flags_recv,
-	const char *description
-) {
+int connection_init(Connection *connection, const char *path, uint64_t pool_size, uint64_t flags,
+		    uint64_t attach_flags_recv, const char *description)
+{
 	uint64_t buffer[COMMAND_MAX / 8] = {};
 	struct kdbus_cmd_hello *command = (void *)buffer;
 	int r;
@@ -110,12 +111,9 @@ int connection_init(
 	command->attach_flags_recv = attach_flags_recv;
 	command->pool_size = pool_size;
 	if (description)
-		command->size += item_put(
-			(uint8_t *)command + command->size,
-			KDBUS_ITEM_CONN_DESCRIPTION,
-			description,
-			strlen(description) + 1
-		);
+		command->size += item_put((uint8_t *)command + command->size,
+					  KDBUS_ITEM_CONN_DESCRIPTION, description,
+					  strlen(description) + 1);
 
 	r = sample_ioctl(NULL, connection->fd, KDBUS_CMD_HELLO, command);
 	if (r < 0) {
@@ -127,7 +125,8 @@ int connection_init(
 	return connection_free(connection, NULL, command->offset);
 }
 
-void connection_deinit(Connection *connection) {
+void connection_deinit(Connection *connection)
+{
 	if (connection->pool)
 		munmap((void *)connection->pool, connection->pool_size);
 	if (connection->fd_socket >= 0)
@@ -138,7 +137,8 @@ void connection_deinit(Connection *connection) {
 }
 
 /* From here on descriptors come on a socket; -ENOTTY where that is unknown. */
-int connection_init_fd_socket(Connection *connection) {
+int connection_init_fd_socket(Connection *connection)
+{
 	struct kdbusfs_cmd_fd_socket command = { .size = sizeof(command) };
 	int pair[2], r;
 
@@ -157,7 +157,8 @@ int connection_init_fd_socket(Connection *connection) {
 	return 0;
 }
 
-int connection_map(Connection *connection) {
+int connection_map(Connection *connection)
+{
 	void *pool;
 
 	pool = mmap(NULL, connection->pool_size, PROT_READ, MAP_SHARED, connection->fd, 0);
@@ -168,19 +169,23 @@ int connection_map(Connection *connection) {
 	return 0;
 }
 
-int connection_name_acquire(Connection *connection, const char *name) {
+int connection_name_acquire(Connection *connection, const char *name)
+{
 	uint64_t buffer[COMMAND_MAX / 8] = {};
 	struct kdbus_cmd *command = (void *)buffer;
 	int r;
 
 	command->size = sizeof(*command);
-	command->size += item_put((uint8_t *)command + command->size, KDBUS_ITEM_NAME, name, strlen(name) + 1);
+	command->size += item_put((uint8_t *)command + command->size, KDBUS_ITEM_NAME, name,
+				  strlen(name) + 1);
 
 	r = sample_ioctl(NULL, connection->fd, KDBUS_CMD_NAME_ACQUIRE, command);
 	return r < 0 ? fail("NAME_ACQUIRE", r) : 0;
 }
 
-int connection_match_add(Connection *connection, uint64_t cookie, uint64_t type, const void *data, size_t n_data) {
+int connection_match_add(Connection *connection, uint64_t cookie, uint64_t type, const void *data,
+			 size_t n_data)
+{
 	uint64_t buffer[COMMAND_MAX / 8] = {};
 	struct kdbus_cmd_match *command = (void *)buffer;
 	int r;
@@ -194,13 +199,15 @@ int connection_match_add(Connection *connection, uint64_t cookie, uint64_t type,
 }
 
 /* An empty mask is in every filter, but takes no notifications. */
-int connection_match_add_all(Connection *connection) {
+int connection_match_add_all(Connection *connection)
+{
 	static const uint8_t mask[BLOOM_SIZE];
 
 	return connection_match_add(connection, 1, KDBUS_ITEM_BLOOM_MASK, mask, sizeof(mask));
 }
 
-static int fd_socket_recv(Connection *connection, Received *received) {
+static int fd_socket_recv(Connection *connection, Received *received)
+{
 	union {
 		struct cmsghdr header;
 		uint8_t bytes[CMSG_SPACE(FDS_MAX * sizeof(int))];
@@ -225,7 +232,9 @@ static int fd_socket_recv(Connection *connection, Received *received) {
 }
 
 /* Finds data and descriptors of the message at the offset in the mapped pool. */
-static int received_parse(Connection *connection, Received *received, const struct kdbus_msg_info *info) {
+static int received_parse(Connection *connection, Received *received,
+			  const struct kdbus_msg_info *info)
+{
 	const struct kdbus_item *item;
 	const uint8_t *end;
 	size_t i;
@@ -273,7 +282,9 @@ static int received_parse(Connection *connection, Received *received, const stru
  *
  * Return: 0 on success, negative error code of the ioctl on failure.
  */
-int connection_send(Connection *connection, Sample *sample, Message *message, uint64_t flags, Received *replyp) {
+int connection_send(Connection *connection, Sample *sample, Message *message, uint64_t flags,
+		    Received *replyp)
+{
 	struct kdbus_cmd_send command = {
 		.size = sizeof(command),
 		.flags = flags,
@@ -282,7 +293,8 @@ int connection_send(Connection *connection, Sample *sample, Message *message, ui
 	bool by_socket = replyp && connection->fd_socket >= 0;
 	int r;
 
-	r = sample_ioctl(sample, connection->fd, by_socket ? KDBUSFS_CMD_SEND : KDBUS_CMD_SEND, &command);
+	r = sample_ioctl(sample, connection->fd, by_socket ? KDBUSFS_CMD_SEND : KDBUS_CMD_SEND,
+			 &command);
 	if (r < 0 || !replyp)
 		return r;
 
@@ -300,26 +312,30 @@ int connection_send(Connection *connection, Sample *sample, Message *message, ui
  *
  * Return: 0 on success, negative error code of the ioctl on failure.
  */
-int connection_recv(Connection *connection, Sample *sample, Received *received) {
+int connection_recv(Connection *connection, Sample *sample, Received *received)
+{
 	struct kdbus_cmd_recv command = { .size = sizeof(command) };
 	bool by_socket = connection->fd_socket >= 0;
 	int r;
 
-	r = sample_ioctl(sample, connection->fd, by_socket ? KDBUSFS_CMD_RECV : KDBUS_CMD_RECV, &command);
+	r = sample_ioctl(sample, connection->fd, by_socket ? KDBUSFS_CMD_RECV : KDBUS_CMD_RECV,
+			 &command);
 	if (r < 0)
 		return r;
 
 	return received_parse(connection, received, &command.msg);
 }
 
-int connection_free(Connection *connection, Sample *sample, uint64_t offset) {
+int connection_free(Connection *connection, Sample *sample, uint64_t offset)
+{
 	struct kdbus_cmd_free command = { .size = sizeof(command), .offset = offset };
 
 	return sample_ioctl(sample, connection->fd, KDBUS_CMD_FREE, &command);
 }
 
 /* Gives back all that came with a message. */
-int connection_drop(Connection *connection, Received *received) {
+int connection_drop(Connection *connection, Received *received)
+{
 	size_t i;
 
 	for (i = 0; i < received->n_fds; ++i)
@@ -329,7 +345,8 @@ int connection_drop(Connection *connection, Received *received) {
 }
 
 /* Takes the one message that is expected, outside of any sample. */
-int connection_drain(Connection *connection) {
+int connection_drain(Connection *connection)
+{
 	Received received;
 	int r;
 
@@ -342,7 +359,9 @@ int connection_drain(Connection *connection) {
 }
 
 /* Only the SEND goes into the sample. */
-int connection_send_drain(Connection *sender, Sample *sample, Message *message, Connection *receiver) {
+int connection_send_drain(Connection *sender, Sample *sample, Message *message,
+			  Connection *receiver)
+{
 	int r;
 
 	r = connection_send(sender, sample, message, 0, NULL);
@@ -352,7 +371,8 @@ int connection_send_drain(Connection *sender, Sample *sample, Message *message, 
 	return connection_drain(receiver);
 }
 
-int message_init(Message *message, uint64_t dst_id, uint64_t flags) {
+int message_init(Message *message, uint64_t dst_id, uint64_t flags)
+{
 	message->msg = calloc(1, COMMAND_MAX);
 	if (!message->msg)
 		return -ENOMEM;
@@ -365,18 +385,22 @@ int message_init(Message *message, uint64_t dst_id, uint64_t flags) {
 	return 0;
 }
 
-void message_deinit(Message *message) {
+void message_deinit(Message *message)
+{
 	free(message->msg);
 	*message = (Message){};
 }
 
-static void message_add(Message *message, uint64_t type, const void *data, size_t n_data) {
+static void message_add(Message *message, uint64_t type, const void *data, size_t n_data)
+{
 	assert(message->msg->size + ITEM_HEADER + ALIGN8(n_data) <= COMMAND_MAX);
-	message->msg->size += item_put((uint8_t *)message->msg + message->msg->size, type, data, n_data);
+	message->msg->size += item_put((uint8_t *)message->msg + message->msg->size, type, data,
+				       n_data);
 }
 
 /* As many vecs as the limit on one of them asks for. */
-void message_add_payload(Message *message, const void *data, uint64_t size) {
+void message_add_payload(Message *message, const void *data, uint64_t size)
+{
 	struct kdbus_vec vec;
 	uint64_t done;
 
@@ -387,28 +411,33 @@ void message_add_payload(Message *message, const void *data, uint64_t size) {
 	}
 }
 
-void message_add_memfd(Message *message, int fd, uint64_t size) {
+void message_add_memfd(Message *message, int fd, uint64_t size)
+{
 	struct kdbus_memfd memfd = { .size = size, .fd = fd };
 
 	message_add(message, KDBUS_ITEM_PAYLOAD_MEMFD, &memfd, sizeof(memfd));
 }
 
-void message_add_fds(Message *message, const int *fds, size_t n_fds) {
+void message_add_fds(Message *message, const int *fds, size_t n_fds)
+{
 	message_add(message, KDBUS_ITEM_FDS, fds, n_fds * sizeof(*fds));
 }
 
 /* An empty filter: only an empty mask is in it. */
-void message_add_bloom(Message *message) {
+void message_add_bloom(Message *message)
+{
 	uint64_t filter[1 + BLOOM_SIZE / 8] = {};
 
 	message_add(message, KDBUS_ITEM_BLOOM_FILTER, filter, sizeof(filter));
 }
 
-void message_add_name(Message *message, const char *name) {
+void message_add_name(Message *message, const char *name)
+{
 	message_add(message, KDBUS_ITEM_DST_NAME, name, strlen(name) + 1);
 }
 
-int sealed_memfd(int *fdp, const void *data, size_t size) {
+int sealed_memfd(int *fdp, const void *data, size_t size)
+{
 	size_t done;
 	ssize_t l;
 	int fd, r;

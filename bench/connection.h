@@ -51,29 +51,27 @@ struct Received {
 
 int fail(const char *what, int error);
 
-int bus_make(int *fdp, char *path, size_t n_path, const char *directory, const char *name, uint64_t flags);
+int bus_make(int *fdp, char *path, size_t n_path, const char *directory, const char *name,
+	     uint64_t flags);
 
-int connection_init(
-	Connection *connection,
-	const char *path,
-	uint64_t pool_size,
-	uint64_t flags,
-	uint64_t attach_flags_recv,
-	const char *description
-);
+int connection_init(Connection *connection, const char *path, uint64_t pool_size, uint64_t flags,
+		    uint64_t attach_flags_recv, const char *description);
 void connection_deinit(Connection *connection);
 int connection_init_fd_socket(Connection *connection);
 int connection_map(Connection *connection);
 int connection_name_acquire(Connection *connection, const char *name);
-int connection_match_add(Connection *connection, uint64_t cookie, uint64_t type, const void *data, size_t n_data);
+int connection_match_add(Connection *connection, uint64_t cookie, uint64_t type, const void *data,
+			 size_t n_data);
 int connection_match_add_all(Connection *connection);
 
-int connection_send(Connection *connection, Sample *sample, Message *message, uint64_t flags, Received *replyp);
+int connection_send(Connection *connection, Sample *sample, Message *message, uint64_t flags,
+		    Received *replyp);
 int connection_recv(Connection *connection, Sample *sample, Received *received);
 int connection_free(Connection *connection, Sample *sample, uint64_t offset);
 int connection_drop(Connection *connection, Received *received);
 int connection_drain(Connection *connection);
-int connection_send_drain(Connection *sender, Sample *sample, Message *message, Connection *receiver);
+int connection_send_drain(Connection *sender, Sample *sample, Message *message,
+			  Connection *receiver);
 
 int message_init(Message *message, uint64_t dst_id, uint64_t flags);
 void message_deinit(Message *message);

@@ -35,13 +35,15 @@ static const char *mountpoint;
  * Everything happens in the handler: leaving it to the read loop would lose a
  * signal that comes between a check and the read.
  */
-static void on_signal(int signal) {
+static void on_signal(int signal)
+{
 	(void)signal;
 	umount2(mountpoint, MNT_DETACH);
 	_exit(0);
 }
 
-static int reply(int device, uint64_t unique, int error, const void *body, size_t n_body) {
+static int reply(int device, uint64_t unique, int error, const void *body, size_t n_body)
+{
 	struct fuse_out_header header = {
 		.len = sizeof(header) + n_body,
 		.error = -error,
@@ -59,14 +61,16 @@ static int reply(int device, uint64_t unique, int error, const void *body, size_
 	return 0;
 }
 
-static struct fuse_attr node_attr(uint64_t nodeid) {
+static struct fuse_attr node_attr(uint64_t nodeid)
+{
 	if (nodeid == FUSE_ROOT_ID)
 		return (struct fuse_attr){ .ino = nodeid, .mode = S_IFDIR | 0755, .nlink = 2 };
 
 	return (struct fuse_attr){ .ino = nodeid, .mode = S_IFREG | 0666, .nlink = 1 };
 }
 
-static int handle(int device, const struct fuse_in_header *request) {
+static int handle(int device, const struct fuse_in_header *request)
+{
 	const void *body = request + 1;
 
 	switch (request->opcode) {
@@ -123,7 +127,8 @@ static int handle(int device, const struct fuse_in_header *request) {
 	}
 }
 
-static int serve(int device) {
+static int serve(int device)
+{
 	void *request;
 	ssize_t l;
 	int r;
@@ -150,7 +155,8 @@ static int serve(int device) {
 	return r;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
 	char options[128];
 	int device, r;
 
@@ -166,8 +172,10 @@ int main(int argc, char **argv) {
 		return 1;
 	}
 
-	snprintf(options, sizeof(options), "fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other", device);
-	if (mount("kdbusfs-floor", mountpoint, "fuse.kdbusfs-floor", MS_NOSUID | MS_NODEV | MS_NOEXEC, options) < 0) {
+	snprintf(options, sizeof(options), "fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other",
+		 device);
+	if (mount("kdbusfs-floor", mountpoint, "fuse.kdbusfs-floor",
+		  MS_NOSUID | MS_NODEV | MS_NOEXEC, options) < 0) {
 		fprintf(stderr, "mount %s: %s\n", mountpoint, strerror(errno));
 		return 1;
 	}

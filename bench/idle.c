@@ -13,7 +13,8 @@
 
 #define N_FEW 10
 
-static int tell(const char *stage) {
+static int tell(const char *stage)
+{
 	char line[64];
 
 	puts(stage);
@@ -21,7 +22,8 @@ static int tell(const char *stage) {
 	return fgets(line, sizeof(line), stdin) ? 0 : -EPIPE;
 }
 
-int idle(const char *directory, size_t n_connections, size_t pool_size) {
+int idle(const char *directory, size_t n_connections, size_t pool_size)
+{
 	Connection *connections;
 	char path[4096];
 	int r, bus = -1;

@@ -11,7 +11,8 @@
 #include "connection.h"
 #include "sample.h"
 
-int sample_init(Sample *sample, size_t n_max) {
+int sample_init(Sample *sample, size_t n_max)
+{
 	*sample = (Sample){ .n_max = n_max };
 	sample->ns = calloc(n_max, sizeof(*sample->ns));
 	if (!sample->ns)
@@ -20,18 +21,21 @@ int sample_init(Sample *sample, size_t n_max) {
 	return 0;
 }
 
-void sample_deinit(Sample *sample) {
+void sample_deinit(Sample *sample)
+{
 	free(sample->ns);
 	*sample = (Sample){};
 }
 
-static int compare_ns(const void *ap, const void *bp) {
+static int compare_ns(const void *ap, const void *bp)
+{
 	uint64_t a = *(const uint64_t *)ap, b = *(const uint64_t *)bp;
 
 	return (a > b) - (a < b);
 }
 
-uint64_t sample_quantile(Sample *sample, unsigned int percent) {
+uint64_t sample_quantile(Sample *sample, unsigned int percent)
+{
 	if (!sample->n_ns)
 		return 0;
 
@@ -48,33 +52,20 @@ uint64_t sample_quantile(Sample *sample, unsigned int percent) {
  * @variant:		in which way, or ""
  * @n:			the number the row depends on (bytes, receivers, ...)
  */
-void sample_print(
-	Sample *sample,
-	Floor *floor,
-	const char *table,
-	const char *operation,
-	const char *variant,
-	uint64_t n
-) {
-	printf(
-		"{\"table\": \"%s\", \"operation\": \"%s\", \"variant\": \"%s\", \"n\": %" PRIu64
-		", \"samples\": %zu, \"median_ns\": %" PRIu64 ", \"p10_ns\": %" PRIu64 ", \"p90_ns\": %" PRIu64
-		", \"min_ns\": %" PRIu64 ", \"floor_ns\": %" PRIu64 "}\n",
-		table,
-		operation,
-		variant,
-		n,
-		sample->n_ns,
-		sample_quantile(sample, 50),
-		sample_quantile(sample, 10),
-		sample_quantile(sample, 90),
-		sample_quantile(sample, 0),
-		sample_quantile(&floor->ioctl, 50)
-	);
+void sample_print(Sample *sample, Floor *floor, const char *table, const char *operation,
+		  const char *variant, uint64_t n)
+{
+	printf("{\"table\": \"%s\", \"operation\": \"%s\", \"variant\": \"%s\", \"n\": %" PRIu64
+	       ", \"samples\": %zu, \"median_ns\": %" PRIu64 ", \"p10_ns\": %" PRIu64
+	       ", \"p90_ns\": %" PRIu64 ", \"min_ns\": %" PRIu64 ", \"floor_ns\": %" PRIu64 "}\n",
+	       table, operation, variant, n, sample->n_ns, sample_quantile(sample, 50),
+	       sample_quantile(sample, 10), sample_quantile(sample, 90), sample_quantile(sample, 0),
+	       sample_quantile(&floor->ioctl, 50));
 	fflush(stdout);
 }
 
-int floor_init(Floor *floor, const char *directory, size_t n_max) {
+int floor_init(Floor *floor, const char *directory, size_t n_max)
+{
 	char path[4096];
 	int r;
 
@@ -95,7 +86,8 @@ int floor_init(Floor *floor, const char *directory, size_t n_max) {
 	return 0;
 }
 
-void floor_deinit(Floor *floor) {
+void floor_deinit(Floor *floor)
+{
 	if (floor->fd >= 0)
 		close(floor->fd);
 	sample_deinit(&floor->cold);
@@ -104,14 +96,16 @@ void floor_deinit(Floor *floor) {
 	*floor = (Floor)FLOOR_NULL;
 }
 
-void floor_reset(Floor *floor) {
+void floor_reset(Floor *floor)
+{
 	sample_reset(&floor->cold);
 	sample_reset(&floor->ioctl);
 	sample_reset(&floor->poll);
 }
 
 /* The floor is sent what SEND is sent, so that the kernel copies as much. */
-int floor_step(Floor *floor) {
+int floor_step(Floor *floor)
+{
 	struct kdbus_cmd_send command = { .size = sizeof(command) };
 	int r;
 

@@ -43,14 +43,8 @@ struct Floor {
 int sample_init(Sample *sample, size_t n_max);
 void sample_deinit(Sample *sample);
 uint64_t sample_quantile(Sample *sample, unsigned int percent);
-void sample_print(
-	Sample *sample,
-	Floor *floor,
-	const char *table,
-	const char *operation,
-	const char *variant,
-	uint64_t n
-);
+void sample_print(Sample *sample, Floor *floor, const char *table, const char *operation,
+		  const char *variant, uint64_t n);
 
 int floor_init(Floor *floor, const char *directory, size_t n_max);
 void floor_deinit(Floor *floor);
@@ -59,24 +53,28 @@ int floor_step(Floor *floor);
 
 /* inline helpers */
 
-static inline uint64_t now_ns(void) {
+static inline uint64_t now_ns(void)
+{
 	struct timespec ts;
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return ts.tv_sec * UINT64_C(1000000000) + ts.tv_nsec;
 }
 
-static inline void sample_add(Sample *sample, uint64_t ns) {
+static inline void sample_add(Sample *sample, uint64_t ns)
+{
 	if (sample->n_ns < sample->n_max)
 		sample->ns[sample->n_ns++] = ns;
 }
 
-static inline void sample_reset(Sample *sample) {
+static inline void sample_reset(Sample *sample)
+{
 	sample->n_ns = 0;
 }
 
 /* Returns 0 or -errno of the ioctl; both are timed alike. */
-static inline int sample_ioctl(Sample *sample, int fd, unsigned long command, void *argument) {
+static inline int sample_ioctl(Sample *sample, int fd, unsigned long command, void *argument)
+{
 	uint64_t start, end;
 	int r;
 
@@ -90,7 +88,8 @@ static inline int sample_ioctl(Sample *sample, int fd, unsigned long command, vo
 }
 
 /* Returns the events found, or -errno. */
-static inline int sample_poll(Sample *sample, int fd) {
+static inline int sample_poll(Sample *sample, int fd)
+{
 	struct pollfd p = { .fd = fd, .events = POLLIN | POLLOUT };
 	uint64_t start, end;
 	int r;

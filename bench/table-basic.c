@@ -43,21 +43,17 @@ static const struct {
 	[FREE_LARGE] = { "FREE", "slice", LARGE },
 };
 
-static int check_payload(const Received *received, const uint8_t *data, uint64_t n_data) {
+static int check_payload(const Received *received, const uint8_t *data, uint64_t n_data)
+{
 	if (received->n_data != n_data || memcmp(received->data, data, n_data))
 		return fail("message does not carry what was sent", -EBADMSG);
 
 	return 0;
 }
 
-static int round_basic(
-	Sample *samples,
-	Connection *sender,
-	Connection *receiver,
-	Message *small,
-	Message *large,
-	const uint8_t *data
-) {
+static int round_basic(Sample *samples, Connection *sender, Connection *receiver, Message *small,
+		       Message *large, const uint8_t *data)
+{
 	Received received;
 	int r;
 
@@ -112,7 +108,8 @@ static int round_basic(
 	return 0;
 }
 
-int table_basic(const Options *options) {
+int table_basic(const Options *options)
+{
 	Connection sender = CONNECTION_NULL, receiver = CONNECTION_NULL;
 	Message small = {}, large = {};
 	Sample samples[_N_OPERATIONS] = {};
@@ -169,14 +166,8 @@ int table_basic(const Options *options) {
 	sample_print(&floor.cold, &floor, "basic", "floor", "ioctl, first of its round", 0);
 	sample_print(&floor.poll, &floor, "basic", "floor", "poll", 0);
 	for (i = 0; i < _N_OPERATIONS; ++i)
-		sample_print(
-			&samples[i],
-			&floor,
-			"basic",
-			operations[i].operation,
-			operations[i].variant,
-			operations[i].n
-		);
+		sample_print(&samples[i], &floor, "basic", operations[i].operation,
+			     operations[i].variant, operations[i].n);
 
 exit:
 	message_deinit(&large);

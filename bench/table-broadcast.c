@@ -33,7 +33,8 @@ static const size_t n_receivers[] = { 1, 8, 64, N_RECEIVERS_MAX };
 
 #define N_AUDIENCES (sizeof(n_receivers) / sizeof(*n_receivers))
 
-static int audience_init(Audience *audience, const Options *options, size_t n) {
+static int audience_init(Audience *audience, const Options *options, size_t n)
+{
 	char name[64], path[4096];
 	size_t i;
 	int r;
@@ -69,7 +70,8 @@ static int audience_init(Audience *audience, const Options *options, size_t n) {
 	return 0;
 }
 
-static void audience_deinit(Audience *audience) {
+static void audience_deinit(Audience *audience)
+{
 	size_t i;
 
 	message_deinit(&audience->message);
@@ -83,7 +85,8 @@ static void audience_deinit(Audience *audience) {
 	*audience = (Audience)AUDIENCE_NULL;
 }
 
-static int audience_step(Audience *audience, Sample *sample) {
+static int audience_step(Audience *audience, Sample *sample)
+{
 	size_t i;
 	int r;
 
@@ -98,7 +101,8 @@ static int audience_step(Audience *audience, Sample *sample) {
 	return r;
 }
 
-int table_broadcast(const Options *options) {
+int table_broadcast(const Options *options)
+{
 	size_t i, round, n_rounds, n_warm_up;
 	Audience audiences[N_AUDIENCES];
 	Floor floor = FLOOR_NULL;
@@ -132,7 +136,8 @@ int table_broadcast(const Options *options) {
 	}
 
 	for (i = 0; !r && i < N_AUDIENCES; ++i)
-		sample_print(&audiences[i].sample, &floor, "broadcast", "SEND", "receivers", n_receivers[i]);
+		sample_print(&audiences[i].sample, &floor, "broadcast", "SEND", "receivers",
+			     n_receivers[i]);
 
 	for (i = 0; i < N_AUDIENCES; ++i)
 		audience_deinit(&audiences[i]);

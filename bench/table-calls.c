@@ -73,7 +73,8 @@ static const struct {
 
 static uint8_t data[SIZE_MAX_CALL];
 
-static int wait_readable(Connection *connection) {
+static int wait_readable(Connection *connection)
+{
 	struct pollfd p = { .fd = connection->fd, .events = POLLIN };
 
 	if (poll(&p, 1, 30000) < 0)
@@ -84,7 +85,8 @@ static int wait_readable(Connection *connection) {
 	return 0;
 }
 
-static int server_answer(Connection *connection) {
+static int server_answer(Connection *connection)
+{
 	static int memfd = -1;
 	static uint64_t memfd_size;
 	Message message = {};
@@ -125,7 +127,8 @@ static int server_answer(Connection *connection) {
 	return 0;
 }
 
-static _Noreturn void server_run(const char *path, bool by_socket, int report) {
+static _Noreturn void server_run(const char *path, bool by_socket, int report)
+{
 	Connection connection;
 	struct pollfd p;
 	int r;
@@ -153,7 +156,8 @@ static _Noreturn void server_run(const char *path, bool by_socket, int report) {
 }
 
 /* Returns -ENOTTY if there is no private socket and it is asked for. */
-static int server_init(Server *server, const char *path, bool by_socket) {
+static int server_init(Server *server, const char *path, bool by_socket)
+{
 	int r, report[2];
 
 	*server = (Server)SERVER_NULL;
@@ -175,27 +179,32 @@ static int server_init(Server *server, const char *path, bool by_socket) {
 		server_run(path, by_socket, report[1]);
 	}
 	close(report[1]);
-	if (!r && (read(report[0], &server->id, sizeof(server->id)) != sizeof(server->id) || !server->id))
+	if (!r &&
+	    (read(report[0], &server->id, sizeof(server->id)) != sizeof(server->id) || !server->id))
 		r = fail("server", -EPIPE);
 	close(report[0]);
 
 	return r;
 }
 
-static void child_end(pid_t pid) {
+static void child_end(pid_t pid)
+{
 	if (pid > 0) {
 		kill(pid, SIGKILL);
 		waitpid(pid, NULL, 0);
 	}
 }
 
-static void server_deinit(Server *server) {
+static void server_deinit(Server *server)
+{
 	child_end(server->pid);
 	connection_deinit(&server->connection);
 	*server = (Server)SERVER_NULL;
 }
 
-static int server_call(Server *server, Sample *sample, Message *message, bool sync, bool memfd, uint64_t size) {
+static int server_call(Server *server, Sample *sample, Message *message, bool sync, bool memfd,
+		       uint64_t size)
+{
 	Connection *connection = &server->connection;
 	Received reply;
 	uint64_t start;
@@ -231,7 +240,8 @@ static int server_call(Server *server, Sample *sample, Message *message, bool sy
 }
 
 /* The number of bytes goes in front, so that the server knows when it has all. */
-static int stream_write(int fd, uint64_t size) {
+static int stream_write(int fd, uint64_t size)
+{
 	uint64_t done;
 	ssize_t l;
 
@@ -246,7 +256,8 @@ static int stream_write(int fd, uint64_t size) {
 	return 0;
 }
 
-static int stream_read(int fd, uint64_t *sizep) {
+static int stream_read(int fd, uint64_t *sizep)
+{
 	uint64_t size, done;
 	ssize_t l;
 
@@ -262,7 +273,8 @@ static int stream_read(int fd, uint64_t *sizep) {
 	return 0;
 }
 
-static int stream_init(Stream *stream) {
+static int stream_init(Stream *stream)
+{
 	uint64_t size;
 	int pair[2];
 
@@ -284,14 +296,16 @@ static int stream_init(Stream *stream) {
 	return stream->pid < 0 ? -EAGAIN : 0;
 }
 
-static void stream_deinit(Stream *stream) {
+static void stream_deinit(Stream *stream)
+{
 	child_end(stream->pid);
 	if (stream->fd >= 0)
 		close(stream->fd);
 	*stream = (Stream)STREAM_NULL;
 }
 
-static int stream_call(Stream *stream, Sample *sample, uint64_t size) {
+static int stream_call(Stream *stream, Sample *sample, uint64_t size)
+{
 	uint64_t start, n = 0;
 	int r;
 
@@ -304,7 +318,9 @@ static int stream_call(Stream *stream, Sample *sample, uint64_t size) {
 	return r < 0 || n != size ? fail("AF_UNIX", r < 0 ? r : -EBADMSG) : 0;
 }
 
-static int run_size(const Options *options, Server *servers, const bool *usable, Stream *stream, uint64_t size) {
+static int run_size(const Options *options, Server *servers, const bool *usable, Stream *stream,
+		    uint64_t size)
+{
 	Sample samples[N_OPERATIONS] = {}, stream_sample = {}, uncounted = {};
 	size_t i, round, n_rounds, n_warm_up;
 	Message messages[N_OPERATIONS] = {};
@@ -323,7 +339,8 @@ static int run_size(const Options *options, Server *servers, const bool *usable,
 	for (i = 0; !r && i < N_OPERATIONS; ++i) {
 		r = sample_init(&samples[i], n_rounds);
 		if (!r)
-			r = message_init(&messages[i], servers[operations[i].server].id, KDBUS_MSG_EXPECT_REPLY);
+			r = message_init(&messages[i], servers[operations[i].server].id,
+					 KDBUS_MSG_EXPECT_REPLY);
 		if (r < 0)
 			break;
 		messages[i].msg->cookie = i + 1;
@@ -345,24 +362,21 @@ static int run_size(const Options *options, Server *servers, const bool *usable,
 		if (!r)
 			r = stream_call(stream, &stream_sample, size);
 		if (!r)
-			r = server_call(&servers[RAW], &uncounted, &messages[0], false, false, size);
+			r = server_call(&servers[RAW], &uncounted, &messages[0], false, false,
+					size);
 		for (i = 0; !r && i < N_OPERATIONS; ++i)
 			if (usable[operations[i].server])
-				r = server_call(
-					&servers[operations[i].server],
-					&samples[i],
-					&messages[i],
-					operations[i].sync,
-					operations[i].memfd,
-					size
-				);
+				r = server_call(&servers[operations[i].server], &samples[i],
+						&messages[i], operations[i].sync,
+						operations[i].memfd, size);
 	}
 
 	if (!r)
 		sample_print(&stream_sample, &floor, "calls", "AF_UNIX", "stream", size);
 	for (i = 0; !r && i < N_OPERATIONS; ++i)
 		if (usable[operations[i].server])
-			sample_print(&samples[i], &floor, "calls", operations[i].operation, operations[i].variant, size);
+			sample_print(&samples[i], &floor, "calls", operations[i].operation,
+				     operations[i].variant, size);
 
 	for (i = 0; i < N_OPERATIONS; ++i) {
 		message_deinit(&messages[i]);
@@ -375,7 +389,8 @@ static int run_size(const Options *options, Server *servers, const bool *usable,
 	return r;
 }
 
-int table_calls(const Options *options) {
+int table_calls(const Options *options)
+{
 	Server servers[_N_SERVERS] = { SERVER_NULL, SERVER_NULL };
 	bool usable[_N_SERVERS] = { true, true };
 	Stream stream = STREAM_NULL;

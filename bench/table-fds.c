@@ -35,7 +35,9 @@ struct Passing {
 	Sample recv;
 };
 
-static int passing_init(Passing *passing, Connection *receiver, const int *fds, size_t n, size_t n_rounds) {
+static int passing_init(Passing *passing, Connection *receiver, const int *fds, size_t n,
+			size_t n_rounds)
+{
 	int r;
 
 	r = sample_init(&passing->send, n_rounds);
@@ -52,13 +54,15 @@ static int passing_init(Passing *passing, Connection *receiver, const int *fds, 
 	return 0;
 }
 
-static void passing_deinit(Passing *passing) {
+static void passing_deinit(Passing *passing)
+{
 	message_deinit(&passing->message);
 	sample_deinit(&passing->recv);
 	sample_deinit(&passing->send);
 }
 
-static int passing_step(Passing *passing, Connection *sender, Connection *receiver, size_t n) {
+static int passing_step(Passing *passing, Connection *sender, Connection *receiver, size_t n)
+{
 	Received received;
 	uint64_t start;
 	size_t i;
@@ -84,8 +88,10 @@ static int passing_step(Passing *passing, Connection *sender, Connection *receiv
 	return r < 0 ? fail("FREE", r) : 0;
 }
 
-int table_fds(const Options *options) {
-	Connection sender = CONNECTION_NULL, receivers[_N_PATHS] = { CONNECTION_NULL, CONNECTION_NULL };
+int table_fds(const Options *options)
+{
+	Connection sender = CONNECTION_NULL,
+		   receivers[_N_PATHS] = { CONNECTION_NULL, CONNECTION_NULL };
 	size_t i, j, round, n_paths = _N_PATHS, n_warm_up = N_WARM_UP(options->n_rounds);
 	Passing passings[_N_PATHS][N_COUNTS] = {};
 	int r, bus = -1, ends[2] = { -1, -1 }, fds[N_FDS_MAX];
@@ -113,7 +119,8 @@ int table_fds(const Options *options) {
 		if (!r)
 			r = connection_map(&receivers[i]);
 		for (j = 0; !r && j < N_COUNTS; ++j)
-			r = passing_init(&passings[i][j], &receivers[i], fds, n_fds[j], options->n_rounds);
+			r = passing_init(&passings[i][j], &receivers[i], fds, n_fds[j],
+					 options->n_rounds);
 	}
 	if (r < 0)
 		goto exit;
@@ -137,7 +144,8 @@ int table_fds(const Options *options) {
 
 		r = floor_step(&floor);
 		if (!r)
-			r = connection_send_drain(&sender, NULL, &passings[RAW][0].message, &receivers[RAW]);
+			r = connection_send_drain(&sender, NULL, &passings[RAW][0].message,
+						  &receivers[RAW]);
 		for (i = 0; !r && i < n_paths; ++i)
 			for (j = 0; !r && j < N_COUNTS; ++j)
 				r = passing_step(&passings[i][j], &sender, &receivers[i], n_fds[j]);
@@ -145,8 +153,10 @@ int table_fds(const Options *options) {
 
 	for (i = 0; !r && i < n_paths; ++i)
 		for (j = 0; j < N_COUNTS; ++j) {
-			sample_print(&passings[i][j].send, &floor, "fds", "SEND", paths[i], n_fds[j]);
-			sample_print(&passings[i][j].recv, &floor, "fds", "RECV", paths[i], n_fds[j]);
+			sample_print(&passings[i][j].send, &floor, "fds", "SEND", paths[i],
+				     n_fds[j]);
+			sample_print(&passings[i][j].recv, &floor, "fds", "RECV", paths[i],
+				     n_fds[j]);
 		}
 
 exit:

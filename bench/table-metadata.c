@@ -39,7 +39,8 @@ static const struct {
 
 #define N_KINDS (sizeof(kinds) / sizeof(*kinds))
 
-int table_metadata(const Options *options) {
+int table_metadata(const Options *options)
+{
 	Connection sender = CONNECTION_NULL, receivers[N_KINDS];
 	size_t i, round, n_warm_up = N_WARM_UP(options->n_rounds);
 	Message messages[N_KINDS] = {};
@@ -83,7 +84,8 @@ int table_metadata(const Options *options) {
 		if (!r)
 			r = connection_send_drain(&sender, NULL, &messages[0], &receivers[0]);
 		for (i = 0; !r && i < N_KINDS; ++i)
-			r = connection_send_drain(&sender, &samples[i], &messages[i], &receivers[i]);
+			r = connection_send_drain(&sender, &samples[i], &messages[i],
+						  &receivers[i]);
 	}
 
 	for (i = 0; !r && i < N_KINDS; ++i)

@@ -48,7 +48,7 @@ struct Dimension {
 	const char *name;
 	const char *bus;
 	int (*grow)(Crowd *crowd, size_t n);
-	bool with_name; /* also send to a name */
+	bool with_name;      /* also send to a name */
 	bool with_broadcast; /* also send a broadcast */
 };
 
@@ -56,7 +56,8 @@ static const size_t levels[] = { 10, 100, 1000, 10000 };
 
 #define N_LEVELS (sizeof(levels) / sizeof(*levels))
 
-static _Noreturn void child_run(const char *path, uid_t uid, size_t n, int report) {
+static _Noreturn void child_run(const char *path, uid_t uid, size_t n, int report)
+{
 	Connection connection;
 	int r = 0;
 
@@ -73,7 +74,8 @@ static _Noreturn void child_run(const char *path, uid_t uid, size_t n, int repor
 	_exit(1);
 }
 
-static int crowd_add_child(Crowd *crowd, size_t n) {
+static int crowd_add_child(Crowd *crowd, size_t n)
+{
 	int r, report[2];
 	pid_t pid;
 
@@ -101,7 +103,8 @@ static int crowd_add_child(Crowd *crowd, size_t n) {
 	return r;
 }
 
-static int crowd_grow_connections(Crowd *crowd, size_t n) {
+static int crowd_grow_connections(Crowd *crowd, size_t n)
+{
 	size_t more;
 	int r;
 
@@ -116,13 +119,15 @@ static int crowd_grow_connections(Crowd *crowd, size_t n) {
 }
 
 /* The connection that takes the next name or match. */
-static int crowd_holder(Crowd *crowd, Connection **holderp) {
+static int crowd_holder(Crowd *crowd, Connection **holderp)
+{
 	int r;
 
 	if (crowd->n % N_PER_CONNECTION == 0) {
 		if (crowd->n_holders >= N_HOLDERS_MAX)
 			return -E2BIG;
-		r = connection_init(&crowd->holders[crowd->n_holders++], crowd->path, POOL_SIZE, 0, 0, NULL);
+		r = connection_init(&crowd->holders[crowd->n_holders++], crowd->path, POOL_SIZE, 0,
+				    0, NULL);
 		if (r < 0)
 			return r;
 	}
@@ -131,7 +136,8 @@ static int crowd_holder(Crowd *crowd, Connection **holderp) {
 	return 0;
 }
 
-static int crowd_grow_names(Crowd *crowd, size_t n) {
+static int crowd_grow_names(Crowd *crowd, size_t n)
+{
 	Connection *holder;
 	char name[64];
 	int r;
@@ -150,7 +156,8 @@ static int crowd_grow_names(Crowd *crowd, size_t n) {
 }
 
 /* None of these matches anything that is sent. */
-static int crowd_grow_matches(Crowd *crowd, size_t n, uint64_t type) {
+static int crowd_grow_matches(Crowd *crowd, size_t n, uint64_t type)
+{
 	uint8_t mask[BLOOM_SIZE];
 	Connection *holder;
 	char name[64];
@@ -175,7 +182,8 @@ static int crowd_grow_matches(Crowd *crowd, size_t n, uint64_t type) {
 			memset(mask, 0, sizeof(mask));
 			mask[crowd->n % BLOOM_SIZE] = 1 << (crowd->n / BLOOM_SIZE % 8);
 			mask[(crowd->n * 7 + 3) % BLOOM_SIZE] |= 0x11;
-			r = connection_match_add(holder, crowd->n, KDBUS_ITEM_BLOOM_MASK, mask, sizeof(mask));
+			r = connection_match_add(holder, crowd->n, KDBUS_ITEM_BLOOM_MASK, mask,
+						 sizeof(mask));
 			break;
 		}
 		if (r < 0)
@@ -185,19 +193,23 @@ static int crowd_grow_matches(Crowd *crowd, size_t n, uint64_t type) {
 	return 0;
 }
 
-static int crowd_grow_matches_id(Crowd *crowd, size_t n) {
+static int crowd_grow_matches_id(Crowd *crowd, size_t n)
+{
 	return crowd_grow_matches(crowd, n, KDBUS_ITEM_ID);
 }
 
-static int crowd_grow_matches_name(Crowd *crowd, size_t n) {
+static int crowd_grow_matches_name(Crowd *crowd, size_t n)
+{
 	return crowd_grow_matches(crowd, n, KDBUS_ITEM_NAME);
 }
 
-static int crowd_grow_matches_bloom(Crowd *crowd, size_t n) {
+static int crowd_grow_matches_bloom(Crowd *crowd, size_t n)
+{
 	return crowd_grow_matches(crowd, n, KDBUS_ITEM_BLOOM_MASK);
 }
 
-static void crowd_deinit(Crowd *crowd) {
+static void crowd_deinit(Crowd *crowd)
+{
 	size_t i;
 
 	for (i = 0; i < crowd->n_children; ++i) {
@@ -213,7 +225,8 @@ static const Dimension dimensions[] = {
 	{ "names", "bench-scale-names", crowd_grow_names, true, false },
 	{ "matches by id", "bench-scale-matches-id", crowd_grow_matches_id, false, true },
 	{ "matches by name", "bench-scale-matches-name", crowd_grow_matches_name, false, true },
-	{ "matches by bloom mask", "bench-scale-matches-bloom", crowd_grow_matches_bloom, false, true },
+	{ "matches by bloom mask", "bench-scale-matches-bloom", crowd_grow_matches_bloom, false,
+	  true },
 	/* last, since so many of them take a while to go away */
 	{ "connections", "bench-scale-connections", crowd_grow_connections, false, false },
 };
@@ -225,17 +238,14 @@ enum {
 	_N_OPERATIONS,
 };
 
-static const char *const operations[_N_OPERATIONS] = { "SEND to an id", "SEND to a name", "SEND to all, one matches" };
+static const char *const operations[_N_OPERATIONS] = { "SEND to an id", "SEND to a name",
+						       "SEND to all, one matches" };
 
-static int run_level(
-	const Options *options,
-	const Dimension *dimension,
-	size_t level,
-	Connection *sender,
-	Connection *receiver,
-	Message *messages
-) {
-	const bool wanted[_N_OPERATIONS] = { true, dimension->with_name, dimension->with_broadcast };
+static int run_level(const Options *options, const Dimension *dimension, size_t level,
+		     Connection *sender, Connection *receiver, Message *messages)
+{
+	const bool wanted[_N_OPERATIONS] = { true, dimension->with_name,
+					     dimension->with_broadcast };
 	size_t i, round, n_warm_up = N_WARM_UP(options->n_rounds);
 	Sample samples[_N_OPERATIONS] = {};
 	Floor floor = FLOOR_NULL;
@@ -264,7 +274,8 @@ static int run_level(
 
 	for (i = 0; !r && i < _N_OPERATIONS; ++i)
 		if (wanted[i])
-			sample_print(&samples[i], &floor, "scale", operations[i], dimension->name, level);
+			sample_print(&samples[i], &floor, "scale", operations[i], dimension->name,
+				     level);
 
 	for (i = 0; i < _N_OPERATIONS; ++i)
 		sample_deinit(&samples[i]);
@@ -272,7 +283,8 @@ static int run_level(
 	return r;
 }
 
-static int run_dimension(const Options *options, const Dimension *dimension) {
+static int run_dimension(const Options *options, const Dimension *dimension)
+{
 	Connection sender = CONNECTION_NULL, receiver = CONNECTION_NULL;
 	Message messages[_N_OPERATIONS] = {};
 	Crowd crowd = {};
@@ -280,7 +292,8 @@ static int run_dimension(const Options *options, const Dimension *dimension) {
 	int r, bus = -1;
 	size_t i;
 
-	r = bus_make(&bus, path, sizeof(path), options->directory, dimension->bus, KDBUS_MAKE_ACCESS_WORLD);
+	r = bus_make(&bus, path, sizeof(path), options->directory, dimension->bus,
+		     KDBUS_MAKE_ACCESS_WORLD);
 	if (!r)
 		r = connection_init(&sender, path, POOL_SIZE, 0, 0, NULL);
 	if (!r)
@@ -320,7 +333,8 @@ static int run_dimension(const Options *options, const Dimension *dimension) {
 	return r;
 }
 
-int table_scale(const Options *options) {
+int table_scale(const Options *options)
+{
 	size_t i;
 	int r, result = 0;
 

@@ -14,7 +14,7 @@
 typedef struct Options Options;
 
 struct Options {
-	const char *floor; /* mount point of the floor */
+	const char *floor;     /* mount point of the floor */
 	const char *directory; /* mount point of kdbusfs */
 	size_t n_rounds;
 };

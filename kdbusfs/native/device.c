@@ -63,8 +63,8 @@ static int64_t read_on(int device, char *buffer, uint64_t size, int64_t n)
  * With nothing but the device to wait for, and no spinning, a blocking read does it all, which
  * saves a system call a request. It does not tell whether it waited; so now and then one looks.
  */
-int64_t kdbusfs_next(int device, const void *reply, uint64_t reply_size, int events,
-		     void *buffer, uint64_t size, int64_t timeout_ns, int64_t spin_ns)
+int64_t kdbusfs_next(int device, const void *reply, uint64_t reply_size, int events, void *buffer,
+		     uint64_t size, int64_t timeout_ns, int64_t spin_ns)
 {
 	int plain = events < 0 && timeout_ns < 0 && spin_ns <= 0;
 	struct pollfd fds[2] = { { device, POLLIN, 0 }, { events, POLLIN, 0 } };
@@ -72,7 +72,8 @@ int64_t kdbusfs_next(int device, const void *reply, uint64_t reply_size, int eve
 	ssize_t n;
 
 	/* ENOENT: the caller is gone, or the mount */
-	if (reply_size && write(device, reply, reply_size) < 0 && errno != ENOENT && errno != ENODEV)
+	if (reply_size && write(device, reply, reply_size) < 0 && errno != ENOENT &&
+	    errno != ENODEV)
 		return -errno;
 	if (plain != blocking)
 		set_blocking(device, plain);

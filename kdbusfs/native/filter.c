@@ -146,14 +146,14 @@ static bool step(Machine *m, const struct sock_filter *f)
 	}
 }
 
-uint32_t kdbusfs_filter_run(const uint64_t *program,
-			    uint32_t n,
-			    int32_t nr,
-			    uint32_t arch,
-			    uint64_t instruction_pointer,
-			    const uint64_t *args)
+uint32_t kdbusfs_filter_run(const uint64_t *program, uint32_t n, int32_t nr, uint32_t arch,
+			    uint64_t instruction_pointer, const uint64_t *args)
 {
-	struct seccomp_data data = { .nr = nr, .arch = arch, .instruction_pointer = instruction_pointer };
+	struct seccomp_data data = {
+		.nr = nr,
+		.arch = arch,
+		.instruction_pointer = instruction_pointer,
+	};
 	Machine machine = { .data = &data };
 	struct sock_filter f;
 	int64_t skip;

@@ -8,9 +8,5 @@
  *
  * Return: its SECCOMP_RET_*, or 0 (SECCOMP_RET_KILL_THREAD) if it makes no sense
  */
-uint32_t kdbusfs_filter_run(const uint64_t *program,
-			    uint32_t n,
-			    int32_t nr,
-			    uint32_t arch,
-			    uint64_t instruction_pointer,
-			    const uint64_t *args);
+uint32_t kdbusfs_filter_run(const uint64_t *program, uint32_t n, int32_t nr, uint32_t arch,
+			    uint64_t instruction_pointer, const uint64_t *args);

@@ -184,7 +184,8 @@ static inline int arch_set_regs(pid_t tid, const struct user_regs_struct *regs)
 }
 
 /* The thread stands at the entry of a call. */
-static inline int arch_replace(pid_t tid, struct user_regs_struct *regs, long nr, const uint64_t *args)
+static inline int arch_replace(pid_t tid, struct user_regs_struct *regs, long nr,
+			       const uint64_t *args)
 {
 	int r;
 

@@ -51,7 +51,7 @@
  */
 
 #ifndef _GNU_SOURCE
-#  define _GNU_SOURCE
+#define _GNU_SOURCE
 #endif
 #include <errno.h>
 #include <fcntl.h>
@@ -83,20 +83,20 @@
 #if ARCH_HAS_TRACER
 
 #ifndef PTRACE_GETSIGMASK
-#  define PTRACE_GETSIGMASK 0x420a
-#  define PTRACE_SETSIGMASK 0x420b
+#define PTRACE_GETSIGMASK 0x420a
+#define PTRACE_SETSIGMASK 0x420b
 #endif
 #ifndef PTRACE_SECCOMP_GET_FILTER
-#  define PTRACE_SECCOMP_GET_FILTER 0x420c
+#define PTRACE_SECCOMP_GET_FILTER 0x420c
 #endif
 #ifndef PTRACE_EVENT_STOP
-#  define PTRACE_EVENT_STOP 128
+#define PTRACE_EVENT_STOP 128
 #endif
 #ifndef SYS_pidfd_open
-#  define SYS_pidfd_open 434
+#define SYS_pidfd_open 434
 #endif
 #ifndef SYS_pidfd_getfd
-#  define SYS_pidfd_getfd 438
+#define SYS_pidfd_getfd 438
 #endif
 
 #define TRACER_PIDFD_THREAD O_EXCL /* Linux 6.9 */
@@ -109,12 +109,14 @@
 #define TRACER_WANTED INT32_MAX
 #define TRACER_STATUS_SIZE 8192
 #define TRACER_SECOND UINT64_C(1000000000)
-#define TRACER_LOOK_NS UINT64_C(1000000) /* first look at a thread that is late, then twice as long */
+/* the first look at a thread that is late; each next one after twice as long */
+#define TRACER_LOOK_NS UINT64_C(1000000)
 #define TRACER_LOOK_MAX_NS UINT64_C(64000000)
 #define TRACER_MAX_FILTERS 64
 #define TRACER_MAX_INSTRUCTIONS 32768 /* as the kernel has it, for all filters of a thread */
-#define TRACER_TICK_NS UINT64_C(50000000) /* how often a tracing thread that waits looks at the clock */
-#define TRACER_RUN_NS (2 * TRACER_SECOND) /* for all calls that the traced thread makes */
+/* how often a tracing thread that waits looks at the clock */
+#define TRACER_TICK_NS UINT64_C(50000000)
+#define TRACER_RUN_NS (2 * TRACER_SECOND)   /* for all calls that the traced thread makes */
 #define TRACER_HURRY_NS UINT64_C(100000000) /* for anything, while others wait for their turn */
 #define TRACER_GRACE_NS UINT64_C(200000000) /* for it to stop, and for the last calls */
 #define TRACER_HELD_NS (2 * TRACER_SECOND)
@@ -346,7 +348,8 @@ static int target_wait(TracerTarget *t, int *statusp)
 
 	for (;;) {
 		tracer_set_signal(true);
-		r = t->tracer->dead ? (errno = ESRCH, -1) : waitpid(t->tid, &status, __WALL | __WNOTHREAD);
+		r = t->tracer->dead ? (errno = ESRCH, -1)
+				    : waitpid(t->tid, &status, __WALL | __WNOTHREAD);
 		tracer_set_signal(false);
 		if (r >= 0)
 			break;
@@ -382,7 +385,8 @@ static bool target_is_at_entry(TracerTarget *t)
 	arch_args(&t->again, args);
 	return info.op == PTRACE_SYSCALL_INFO_ENTRY && info.arch == ARCH_AUDIT &&
 	       info.instruction_pointer == arch_ip_at_entry(&t->again) &&
-	       info.stack_pointer == arch_sp(&t->again) && (long)info.entry.nr == arch_nr(&t->again) &&
+	       info.stack_pointer == arch_sp(&t->again) &&
+	       (long)info.entry.nr == arch_nr(&t->again) &&
 	       !memcmp(info.entry.args, args, sizeof(args));
 }
 
@@ -418,8 +422,11 @@ static bool target_has_fault(TracerTarget *t)
 {
 	siginfo_t info;
 
-	return ptrace(PTRACE_GETSIGINFO, t->tid, 0, &info) < 0 || (info.si_code > 0 && info.si_code != SI_KERNEL && info.si_signo != SIGCHLD && info.si_signo != SIGIO) ||
-	       (info.si_code == SI_KERNEL && (info.si_signo == SIGSEGV || info.si_signo == SIGBUS || info.si_signo == SIGTRAP));
+	return ptrace(PTRACE_GETSIGINFO, t->tid, 0, &info) < 0 ||
+	       (info.si_code > 0 && info.si_code != SI_KERNEL && info.si_signo != SIGCHLD &&
+		info.si_signo != SIGIO) ||
+	       (info.si_code == SI_KERNEL &&
+		(info.si_signo == SIGSEGV || info.si_signo == SIGBUS || info.si_signo == SIGTRAP));
 }
 
 /*
@@ -508,7 +515,8 @@ static bool target_may_call(TracerTarget *t, long nr, const uint64_t *args)
 
 	for (size_t i = 0; i < t->n_filters; ++i) {
 		action = kdbusfs_filter_run(t->programs[i], t->n_programs[i], nr, ARCH_AUDIT,
-					    arch_ip_at_entry(&t->again), args) & SECCOMP_RET_ACTION_FULL;
+					    arch_ip_at_entry(&t->again), args) &
+			 SECCOMP_RET_ACTION_FULL;
 		if (action != SECCOMP_RET_ALLOW && action != SECCOMP_RET_LOG)
 			return false;
 	}
@@ -519,7 +527,8 @@ static bool target_may_call(TracerTarget *t, long nr, const uint64_t *args)
  * Make the thread run one system call; whatever that returned is in @resultp. -errno if it
  * could not. Then it can't run another if it is lost: it died, or has to be let go as it is.
  */
-static int target_call(TracerTarget *t, long *resultp, long nr, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f)
+static int target_call(TracerTarget *t, long *resultp, long nr, uint64_t a, uint64_t b, uint64_t c,
+		       uint64_t d, uint64_t e, uint64_t f)
 {
 	const uint64_t args[] = { a, b, c, d, e, f };
 	int r;
@@ -574,12 +583,14 @@ static int target_get_filters(TracerTarget *t)
 static bool target_may_install(TracerTarget *t)
 {
 	const uint64_t any[6] = {}, socket[6] = { AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC };
-	const uint64_t dup[6] = { 0, F_DUPFD_CLOEXEC }, receive[6] = { 0, t->tracer->room, sizeof(TracerRoom), MSG_DONTWAIT };
+	const uint64_t dup[6] = { 0, F_DUPFD_CLOEXEC },
+		       receive[6] = { 0, t->tracer->room, sizeof(TracerRoom), MSG_DONTWAIT };
 	const uint64_t receive_fds[6] = { 0, t->tracer->room, MSG_CMSG_CLOEXEC | MSG_DONTWAIT };
 
 	return target_may_call(t, SYS_socket, socket) && target_may_call(t, SYS_fcntl, dup) &&
 	       target_may_call(t, SYS_close, any) && target_may_call(t, SYS_recvfrom, receive) &&
-	       target_may_call(t, SYS_recvmsg, receive_fds) && target_may_call(t, SYS_sendto, receive);
+	       target_may_call(t, SYS_recvmsg, receive_fds) &&
+	       target_may_call(t, SYS_sendto, receive);
 }
 
 /* The thread is at its first stop. Learn all that has to be known, or leave it alone. */
@@ -621,7 +632,8 @@ static int target_look(TracerTarget *t)
 	}
 
 	/* in the order in which they are queued they come afterwards, if none is taken now */
-	pending = strtoull(status_find(status, "\nSigPnd:"), NULL, 16) | strtoull(status_find(status, "\nShdPnd:"), NULL, 16);
+	pending = strtoull(status_find(status, "\nSigPnd:"), NULL, 16) |
+		  strtoull(status_find(status, "\nShdPnd:"), NULL, 16);
 	blocked = strtoull(status_find(status, "\nSigBlk:"), NULL, 16);
 	return pending & ~blocked ? target_block_signals(t) : 0;
 }
@@ -648,7 +660,8 @@ static void tracer_stray(Tracer *tracer, int fd)
 /* Is @fd what @number is in the thread's table? */
 static bool target_has(TracerTarget *t, int number, int fd)
 {
-	return syscall(SYS_kcmp, (long)getpid(), (long)t->tid, 0L /* KCMP_FILE */, (long)fd, (long)number) == 0;
+	return syscall(SYS_kcmp, (long)getpid(), (long)t->tid, 0L /* KCMP_FILE */, (long)fd,
+		       (long)number) == 0;
 }
 
 /*
@@ -758,7 +771,8 @@ static int carrier_socket_above(TracerCarrier *carrier, TracerTarget *t)
 
 	r = carrier_socket(carrier, t);
 	if (r >= 0 && (rlim_t)carrier->number < own.rlim_cur) {
-		r = TARGET_CALL(t, &number, SYS_fcntl, carrier->number, F_DUPFD_CLOEXEC, own.rlim_cur);
+		r = TARGET_CALL(t, &number, SYS_fcntl, carrier->number, F_DUPFD_CLOEXEC,
+				own.rlim_cur);
 		if (r >= 0) {
 			r = carrier_close(carrier, t);
 			if (number >= 0)
@@ -805,7 +819,8 @@ static bool is_new_socket(int fd)
 	struct sockaddr_un name;
 
 	if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &n) < 0 ||
-	    getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &n) < 0 || domain != AF_UNIX || type != SOCK_DGRAM)
+	    getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &n) < 0 || domain != AF_UNIX ||
+	    type != SOCK_DGRAM)
 		return false;
 	n = sizeof(name);
 	return getpeername(fd, (void *)&name, &n) < 0 && errno == ENOTCONN;
@@ -827,8 +842,8 @@ static int make_names(void)
 static socklen_t name_init(struct sockaddr_un *name, char what)
 {
 	*name = (struct sockaddr_un){ .sun_family = AF_UNIX };
-	snprintf(name->sun_path, sizeof(name->sun_path), "/proc/self/fd/%d/%c%ld", tracer_names, what,
-		 syscall(SYS_gettid));
+	snprintf(name->sun_path, sizeof(name->sun_path), "/proc/self/fd/%d/%c%ld", tracer_names,
+		 what, syscall(SYS_gettid));
 	return sizeof(*name);
 }
 
@@ -876,7 +891,8 @@ static int carrier_fill(TracerCarrier *carrier, TracerTarget *t, const void *con
 	if (send(carrier->fd, content, size, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
 		return -errno;
 	t->room_used = true;
-	r = TARGET_CALL(t, &result, SYS_recvfrom, carrier->number, t->tracer->room, size, MSG_DONTWAIT);
+	r = TARGET_CALL(t, &result, SYS_recvfrom, carrier->number, t->tracer->room, size,
+			MSG_DONTWAIT);
 	if (r < 0)
 		return r;
 	return result < 0 ? result : result != (long)size ? -EIO : 0;
@@ -897,7 +913,8 @@ static int carrier_send(TracerCarrier *carrier, const int32_t *fds, size_t n)
 {
 	TracerRoom room = {};
 	struct cmsghdr *control = (void *)room.control;
-	struct msghdr header = { .msg_control = control, .msg_controllen = CMSG_SPACE(n * sizeof(int32_t)) };
+	struct msghdr header = { .msg_control = control,
+				 .msg_controllen = CMSG_SPACE(n * sizeof(int32_t)) };
 
 	control->cmsg_len = CMSG_LEN(n * sizeof(int32_t));
 	control->cmsg_level = SOL_SOCKET;
@@ -933,7 +950,8 @@ static int carrier_recv(TracerCarrier *carrier, TracerTarget *t, size_t n, int32
 	long result;
 	int r;
 
-	r = TARGET_CALL(t, &result, SYS_recvmsg, carrier->number, t->tracer->room, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+	r = TARGET_CALL(t, &result, SYS_recvmsg, carrier->number, t->tracer->room,
+			MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
 	if (r < 0)
 		return r;
 	if (result < 0)
@@ -950,7 +968,8 @@ static int carrier_recv(TracerCarrier *carrier, TracerTarget *t, size_t n, int32
 
 	/* no control message at all if none could be installed */
 	control = (void *)room.control;
-	if (control->cmsg_len < CMSG_LEN(0) || control->cmsg_level != SOL_SOCKET || control->cmsg_type != SCM_RIGHTS)
+	if (control->cmsg_len < CMSG_LEN(0) || control->cmsg_level != SOL_SOCKET ||
+	    control->cmsg_type != SCM_RIGHTS)
 		return 0;
 	n_received = (control->cmsg_len - CMSG_LEN(0)) / sizeof(int32_t);
 	if (n_received > n)
@@ -963,7 +982,8 @@ static int carrier_recv(TracerCarrier *carrier, TracerTarget *t, size_t n, int32
  * The next descriptors that are wanted, from @first on, at most @most; @indices says which. The
  * caller's may be closed and their numbers used again once it has gone.
  */
-static int carrier_pick(TracerCarrier *carrier, Tracer *tracer, size_t first, size_t most, size_t *indices)
+static int carrier_pick(TracerCarrier *carrier, Tracer *tracer, size_t first, size_t most,
+			size_t *indices)
 {
 	int32_t fds[TRACER_CHUNK];
 	size_t n = 0;
@@ -986,9 +1006,10 @@ static int carrier_pick(TracerCarrier *carrier, Tracer *tracer, size_t first, si
 static int carrier_move(TracerCarrier *carrier, Tracer *tracer, TracerTarget *t)
 {
 	const TracerRoom receive = { .header = {
-		.msg_control = (void *)(uintptr_t)tracer->room,
-		.msg_controllen = CMSG_SPACE(TRACER_CHUNK * sizeof(int32_t)),
-	} };
+					     .msg_control = (void *)(uintptr_t)tracer->room,
+					     .msg_controllen = CMSG_SPACE(TRACER_CHUNK *
+									  sizeof(int32_t)),
+				     } };
 	int32_t numbers[TRACER_CHUNK];
 	size_t indices[TRACER_CHUNK], first = 0, most = TRACER_CHUNK, n_alone = 0;
 	int n, n_received, r;
@@ -1409,7 +1430,8 @@ static void tracer_look(Tracer *tracer, pthread_t thread)
 	if (r < 0 && r != -ESRCH)
 		return;
 	if (tracer->stage == TRACER_STAGE_SEIZE)
-		dead = strtoull(status_find(status, "\nSigPnd:"), NULL, 16) & (UINT64_C(1) << (SIGKILL - 1));
+		dead = strtoull(status_find(status, "\nSigPnd:"), NULL, 16) &
+		       (UINT64_C(1) << (SIGKILL - 1));
 	else
 		dead = strchr("ZX", *status_find(status, "\nState:")) ||
 		       atoi(status_find(status, "\nTracerPid:")) != tracer->tracing_tid;
@@ -1441,7 +1463,8 @@ static int tracer_wait(Tracer *tracer, pthread_t thread, uint64_t timeout_ns)
 	look = now + interval;
 	pthread_mutex_lock(&tracer->lock);
 	while (tracer->stage < TRACER_STAGE_HELD) {
-		if (tracer->stage < TRACER_STAGE_RUN && (now >= end || tracer_is_late(tracer, now))) {
+		if (tracer->stage < TRACER_STAGE_RUN &&
+		    (now >= end || tracer_is_late(tracer, now))) {
 			tracer_abandon(tracer, thread);
 			break;
 		}
@@ -1451,7 +1474,8 @@ static int tracer_wait(Tracer *tracer, pthread_t thread, uint64_t timeout_ns)
 				interval *= 2;
 			look = now + interval;
 		}
-		tracer_wait_for_move(tracer, tracer->stage < TRACER_STAGE_RUN && end < look ? end : look);
+		tracer_wait_for_move(tracer,
+				     tracer->stage < TRACER_STAGE_RUN && end < look ? end : look);
 		now = now_ns();
 	}
 	if (tracer->stage == TRACER_STAGE_GONE)
@@ -1480,19 +1504,10 @@ void kdbusfs_tracer_hurry(uint32_t n_waiting)
 	tracer_n_waiting = n_waiting;
 }
 
-int32_t kdbusfs_install_begin(struct kdbusfs_install *install,
-			      int32_t device,
-			      const void *reply,
-			      uint64_t reply_size,
-			      int32_t tid,
-			      int32_t pidfd,
-			      uint64_t room,
-			      const void *content,
-			      uint64_t room_size,
-			      const int32_t *fds,
-			      uint32_t n_fds,
-			      int32_t *numbers,
-			      uint64_t timeout_ns)
+int32_t kdbusfs_install_begin(struct kdbusfs_install *install, int32_t device, const void *reply,
+			      uint64_t reply_size, int32_t tid, int32_t pidfd, uint64_t room,
+			      const void *content, uint64_t room_size, const int32_t *fds,
+			      uint32_t n_fds, int32_t *numbers, uint64_t timeout_ns)
 {
 	_cleanup_(tracer_unrefp) Tracer *tracer = NULL;
 	pthread_t thread;
@@ -1564,19 +1579,10 @@ int32_t kdbusfs_install_end(struct kdbusfs_install *install, const void *content
 
 #else /* ARCH_HAS_TRACER */
 
-int32_t kdbusfs_install_begin(struct kdbusfs_install *install,
-			      int32_t device,
-			      const void *reply,
-			      uint64_t reply_size,
-			      int32_t tid,
-			      int32_t pidfd,
-			      uint64_t room,
-			      const void *content,
-			      uint64_t room_size,
-			      const int32_t *fds,
-			      uint32_t n_fds,
-			      int32_t *numbers,
-			      uint64_t timeout_ns)
+int32_t kdbusfs_install_begin(struct kdbusfs_install *install, int32_t device, const void *reply,
+			      uint64_t reply_size, int32_t tid, int32_t pidfd, uint64_t room,
+			      const void *content, uint64_t room_size, const int32_t *fds,
+			      uint32_t n_fds, int32_t *numbers, uint64_t timeout_ns)
 {
 	(void)device, (void)reply, (void)reply_size, (void)tid, (void)pidfd, (void)room;
 	(void)content, (void)room_size, (void)fds, (void)timeout_ns;

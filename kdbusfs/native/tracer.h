@@ -89,19 +89,10 @@ struct kdbusfs_install {
  * Return: 0 with the reply written and the numbers filled in, else negative with
  *         the reply not written and all numbers -1
  */
-int32_t kdbusfs_install_begin(struct kdbusfs_install *install,
-			      int32_t device,
-			      const void *reply,
-			      uint64_t reply_size,
-			      int32_t tid,
-			      int32_t pidfd,
-			      uint64_t room,
-			      const void *content,
-			      uint64_t room_size,
-			      const int32_t *fds,
-			      uint32_t n_fds,
-			      int32_t *numbers,
-			      uint64_t timeout_ns);
+int32_t kdbusfs_install_begin(struct kdbusfs_install *install, int32_t device, const void *reply,
+			      uint64_t reply_size, int32_t tid, int32_t pidfd, uint64_t room,
+			      const void *content, uint64_t room_size, const int32_t *fds,
+			      uint32_t n_fds, int32_t *numbers, uint64_t timeout_ns);
 
 /*
  * kdbusfs_install_end() - let the thread go, and wait until it has gone

@@ -60,8 +60,8 @@ _public_ int kdbus_bus_new(struct kdbus_bus **busp, const char *root, const char
 	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){ .flags = options->flags },
 				  sizeof(*cmd))) < 0 ||
 	    (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_MAKE_NAME, name)) < 0 ||
-	    (r = kdbus_chain_append(&chain, KDBUS_ITEM_BLOOM_PARAMETER, &bloom,
-				    sizeof(bloom))) < 0 ||
+	    (r = kdbus_chain_append(&chain, KDBUS_ITEM_BLOOM_PARAMETER, &bloom, sizeof(bloom))) <
+		    0 ||
 	    (r = kdbus_chain_append(&chain, KDBUS_ITEM_ATTACH_FLAGS_SEND, &options->attach_flags,
 				    sizeof(options->attach_flags))) < 0)
 		return r;

@@ -185,15 +185,12 @@ static int conn_hello(struct kdbus_conn *conn, const struct kdbus_conn_options *
 	    (options->description &&
 	     (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_CONN_DESCRIPTION,
 					    options->description)) < 0) ||
-	    (options->creds &&
-	     (r = kdbus_chain_append(&chain, KDBUS_ITEM_CREDS, options->creds,
-				     sizeof(*options->creds))) < 0) ||
-	    (options->pids &&
-	     (r = kdbus_chain_append(&chain, KDBUS_ITEM_PIDS, options->pids,
-				     sizeof(*options->pids))) < 0) ||
+	    (options->creds && (r = kdbus_chain_append(&chain, KDBUS_ITEM_CREDS, options->creds,
+						       sizeof(*options->creds))) < 0) ||
+	    (options->pids && (r = kdbus_chain_append(&chain, KDBUS_ITEM_PIDS, options->pids,
+						      sizeof(*options->pids))) < 0) ||
 	    (options->seclabel &&
-	     (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_SECLABEL,
-					    options->seclabel)) < 0))
+	     (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_SECLABEL, options->seclabel)) < 0))
 		return r;
 
 	cmd = (void *)chain.data;
@@ -357,8 +354,7 @@ _public_ int kdbus_conn_byebye(struct kdbus_conn *conn)
  *         connection has the name, -ENOMEM. Nothing is changed on failure.
  */
 _public_ int kdbus_conn_update(struct kdbus_conn *conn, const uint64_t *attach_flags_send,
-			       const uint64_t *attach_flags_recv,
-			       const struct kdbus_policy *policy)
+			       const uint64_t *attach_flags_recv, const struct kdbus_policy *policy)
 {
 	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
 	struct kdbus_cmd *cmd;

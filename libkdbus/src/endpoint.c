@@ -57,8 +57,8 @@ _public_ int kdbus_endpoint_new(struct kdbus_endpoint **endpointp, const char *b
 		return -ENOMEM;
 	}
 
-	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){ .flags = flags },
-				  sizeof(*cmd))) < 0 ||
+	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){ .flags = flags }, sizeof(*cmd))) <
+		    0 ||
 	    (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_MAKE_NAME, name)) < 0)
 		return r;
 

@@ -134,7 +134,8 @@ static bool socket_recv(KdbusFdSocket *fd_socket, KdbusFdPacket **packetp)
 		return false;
 
 	*packetp = packet_new(&data, &msg);
-	if ((size_t)n != (data.packet.n_fds & KDBUSFS_FD_PACKET_LOST ? sizeof(data) : sizeof(data.packet)))
+	if ((size_t)n !=
+	    (data.packet.n_fds & KDBUSFS_FD_PACKET_LOST ? sizeof(data) : sizeof(data.packet)))
 		kdbus_fd_packet_freep(packetp);
 	return true;
 }

@@ -32,8 +32,8 @@ static int check_records(const struct kdbus_info_list *list)
 }
 
 /* copy the slice, and free it whatever happens */
-static int info_list_new(struct kdbus_info_list **listp, struct kdbus_conn *conn,
-			 uint64_t offset, uint64_t size)
+static int info_list_new(struct kdbus_info_list **listp, struct kdbus_conn *conn, uint64_t offset,
+			 uint64_t size)
 {
 	_cleanup_(kdbus_info_list_freep) struct kdbus_info_list *list = NULL;
 	int r = 0;

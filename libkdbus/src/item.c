@@ -381,8 +381,7 @@ _public_ const struct kdbus_name *kdbus_item_get_name(const struct kdbus_item *i
 _public_ const struct kdbus_notify_id_change *
 kdbus_item_get_id_change(const struct kdbus_item *item)
 {
-	if (!item ||
-	    (item->type != KDBUS_ITEM_ID_ADD && item->type != KDBUS_ITEM_ID_REMOVE) ||
+	if (!item || (item->type != KDBUS_ITEM_ID_ADD && item->type != KDBUS_ITEM_ID_REMOVE) ||
 	    kdbus_item_get_payload_size(item) != sizeof(struct kdbus_notify_id_change))
 		return NULL;
 	return &item->id_change;

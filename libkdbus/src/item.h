@@ -21,7 +21,7 @@ struct KdbusChain {
 	size_t n_allocated;
 };
 
-#define KDBUS_CHAIN_NULL {}
+#define KDBUS_CHAIN_NULL { 0 }
 
 int kdbus_chain_init(KdbusChain *chain, const void *head, size_t size);
 void kdbus_chain_deinit(KdbusChain *chain);

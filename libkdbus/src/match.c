@@ -129,8 +129,8 @@ _public_ int kdbus_match_add_id_change(struct kdbus_match *match, uint64_t type,
  *
  * Return: 0 on success, -EINVAL if @type is another, -EMSGSIZE, -ENOMEM.
  */
-_public_ int kdbus_match_add_name_change(struct kdbus_match *match, uint64_t type,
-					 uint64_t old_id, uint64_t new_id, const char *name)
+_public_ int kdbus_match_add_name_change(struct kdbus_match *match, uint64_t type, uint64_t old_id,
+					 uint64_t new_id, const char *name)
 {
 	struct kdbus_notify_name_change change = {
 		.old_id.id = old_id,
@@ -139,8 +139,8 @@ _public_ int kdbus_match_add_name_change(struct kdbus_match *match, uint64_t typ
 
 	if (type < KDBUS_ITEM_NAME_ADD || type > KDBUS_ITEM_NAME_CHANGE)
 		return -EINVAL;
-	return kdbus_chain_append_two(&match->items, type, &change, sizeof(change),
-				      name, name ? strlen(name) + 1 : 0);
+	return kdbus_chain_append_two(&match->items, type, &change, sizeof(change), name,
+				      name ? strlen(name) + 1 : 0);
 }
 
 /**

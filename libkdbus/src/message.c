@@ -112,8 +112,7 @@ static int message_append_vec(struct kdbus_message *message, const void *data, s
  *
  * Return: 0 on success, -EROFS if @message was received, -ENOMEM.
  */
-_public_ int kdbus_message_append_data(struct kdbus_message *message, const void *data,
-				       size_t size)
+_public_ int kdbus_message_append_data(struct kdbus_message *message, const void *data, size_t size)
 {
 	if (!data && size)
 		return -EFAULT;
@@ -861,8 +860,7 @@ static int part_map(KdbusPart *part)
 		return -ENOMEM;
 	map = mmap(NULL, size, PROT_READ,
 		   MAP_PRIVATE | (part->type == KDBUS_PART_MEMFD ? 0 : MAP_ANONYMOUS),
-		   part->type == KDBUS_PART_MEMFD ? part->fd : -1,
-		   part->start - skip);
+		   part->type == KDBUS_PART_MEMFD ? part->fd : -1, part->start - skip);
 	if (map == MAP_FAILED)
 		return -errno;
 
@@ -885,8 +883,8 @@ static int part_map(KdbusPart *part)
  *         did not arrive or was taken, -EBADMSG if there is less in it than the
  *         message says, the errno of fstat(2) and mmap(2).
  */
-_public_ int kdbus_message_get_part(struct kdbus_message *message, size_t part,
-				    const void **datap, size_t *sizep)
+_public_ int kdbus_message_get_part(struct kdbus_message *message, size_t part, const void **datap,
+				    size_t *sizep)
 {
 	int r;
 

@@ -14,8 +14,8 @@ static int name_command(struct kdbus_conn *conn, unsigned long code, const char 
 	struct kdbus_cmd *cmd;
 	int r;
 
-	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){ .flags = flags },
-				  sizeof(*cmd))) < 0 ||
+	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){ .flags = flags }, sizeof(*cmd))) <
+		    0 ||
 	    (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_NAME, name)) < 0)
 		return r;
 

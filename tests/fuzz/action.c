@@ -39,13 +39,16 @@ struct Action {
 static __thread Command command, message;
 
 /* What kdbus may answer; anything else is a fault of the daemon. */
-static bool is_known(int error) {
+static bool is_known(int error)
+{
 	static const int known[] = {
-		EPERM, ESRCH, ENXIO, E2BIG, EBADF, EAGAIN, ENOMEM, EACCES, EFAULT, EBUSY, EEXIST,
-		EINVAL, EMFILE, ENOTTY, ETXTBSY, EMLINK, EPIPE, EDOM, ENAMETOOLONG, EXFULL, EBADSLT,
-		ECOMM, EBADMSG, ENOTUNIQ, EBADFD, EREMCHG, EDESTADDRREQ, EMSGSIZE, EOPNOTSUPP,
-		EADDRINUSE, EADDRNOTAVAIL, ECONNRESET, ENOBUFS, ESHUTDOWN, ETIMEDOUT, EREMOTEIO,
-		EMEDIUMTYPE, ECANCELED,
+		EPERM,         ESRCH,      ENXIO,        E2BIG,     EBADF,      EAGAIN,
+		ENOMEM,        EACCES,     EFAULT,       EBUSY,     EEXIST,     EINVAL,
+		EMFILE,        ENOTTY,     ETXTBSY,      EMLINK,    EPIPE,      EDOM,
+		ENAMETOOLONG,  EXFULL,     EBADSLT,      ECOMM,     EBADMSG,    ENOTUNIQ,
+		EBADFD,        EREMCHG,    EDESTADDRREQ, EMSGSIZE,  EOPNOTSUPP, EADDRINUSE,
+		EADDRNOTAVAIL, ECONNRESET, ENOBUFS,      ESHUTDOWN, ETIMEDOUT,  EREMOTEIO,
+		EMEDIUMTYPE,   ECANCELED,
 	};
 
 	for (size_t i = 0; i < N_ELEMENTS(known); i++)
@@ -56,7 +59,8 @@ static bool is_known(int error) {
 
 /* The first is the daemon's answer if something broke in it, the others are the kernel's if the
  * daemon is gone. */
-static void check_at(Thread *thread, long r, int line) {
+static void check_at(Thread *thread, long r, int line)
+{
 	__atomic_add_fetch(&shared->n_calls, 1, __ATOMIC_RELAXED);
 	if (r < 0 && (errno == EIO || errno == ENOTCONN || errno == ECONNABORTED))
 		report(thread, "line %d: %s", line, strerror(errno));
@@ -69,13 +73,15 @@ static void check_at(Thread *thread, long r, int line) {
 #define check_data(thread, r) check_at(thread, (r) < 0 && errno != EIO ? -1 : 0, __LINE__)
 
 /* Reads memory that may not be there. */
-static bool peek(const void *address, void *to, size_t size) {
+static bool peek(const void *address, void *to, size_t size)
+{
 	struct iovec here = { to, size }, there = { (void *)address, size };
 
 	return process_vm_readv(getpid(), &here, 1, &there, 1, 0) == (ssize_t)size;
 }
 
-static bool poke(void *address, const void *from, size_t size) {
+static bool poke(void *address, const void *from, size_t size)
+{
 	struct iovec here = { (void *)from, size }, there = { address, size };
 
 	return process_vm_writev(getpid(), &here, 1, &there, 1, 0) == (ssize_t)size;
@@ -87,7 +93,8 @@ static bool poke(void *address, const void *from, size_t size) {
  *
  * Return: 0 on success, negative error code on failure.
  */
-int arena_init(Arena *arena) {
+int arena_init(Arena *arena)
+{
 	uint8_t *room;
 	int fd, r = 0;
 
@@ -99,7 +106,8 @@ int arena_init(Arena *arena) {
 	if (ftruncate(fd, ARENA_SIZE) < 0 || room == MAP_FAILED) {
 		r = -errno;
 	} else {
-		arena->rw = mmap(room, ARENA_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+		arena->rw = mmap(room, ARENA_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+				 fd, 0);
 		arena->ro = mmap(NULL, ARENA_SIZE, PROT_READ, MAP_SHARED, fd, 0);
 		if (arena->rw == MAP_FAILED || arena->ro == MAP_FAILED)
 			r = -errno;
@@ -111,7 +119,8 @@ int arena_init(Arena *arena) {
 
 /* --- files */
 
-static int any_file(Thread *thread) {
+static int any_file(Thread *thread)
+{
 	int fd;
 
 	/* Mostly one that is open. */
@@ -124,7 +133,8 @@ static int any_file(Thread *thread) {
 }
 
 /* Mostly one that has said hello. */
-static int any_connection(Thread *thread) {
+static int any_connection(Thread *thread)
+{
 	Client *client = thread->client;
 
 	for (unsigned int i = 0; i < 6; i++) {
@@ -136,7 +146,8 @@ static int any_connection(Thread *thread) {
 	return any_file(thread);
 }
 
-static void put_other(int *slot, int fd) {
+static void put_other(int *slot, int fd)
+{
 	int old = *slot;
 
 	if (fd < 0)
@@ -146,7 +157,8 @@ static void put_other(int *slot, int fd) {
 		close(old);
 }
 
-static void put_file(Thread *thread, int fd, uint64_t id) {
+static void put_file(Thread *thread, int fd, uint64_t id)
+{
 	uint64_t slot = below(thread, N_FILES);
 
 	thread->client->ids[slot] = id;
@@ -156,7 +168,8 @@ static void put_file(Thread *thread, int fd, uint64_t id) {
 /* --- commands */
 
 /* Puts an argument somewhere, mostly where it can be read and written. */
-static uint64_t place(Thread *thread, Arena *arena, const Command *argument) {
+static uint64_t place(Thread *thread, Arena *arena, const Command *argument)
+{
 	uint64_t at = 0, size = argument->size;
 
 	switch (below(thread, 48)) {
@@ -188,19 +201,22 @@ static uint64_t place(Thread *thread, Arena *arena, const Command *argument) {
 	return (uintptr_t)arena->rw + at;
 }
 
-static unsigned int index_of(unsigned int code) {
+static unsigned int index_of(unsigned int code)
+{
 	for (unsigned int i = 0; i < N_CODES; i++)
 		if (codes[i] == code)
 			return i;
 	return 0;
 }
 
-static bool waits(unsigned int code) {
+static bool waits(unsigned int code)
+{
 	return code == KDBUS_CMD_SEND || code == KDBUSFS_CMD_SEND;
 }
 
 /* Makes the call that @command describes; its results are in @command after that. */
-static int issue(Thread *thread, int fd, unsigned int code) {
+static int issue(Thread *thread, int fd, unsigned int code)
+{
 	struct kdbus_cmd_send *send = (void *)command.data;
 	unsigned int i = index_of(code);
 	uint64_t address;
@@ -227,14 +243,16 @@ static int issue(Thread *thread, int fd, unsigned int code) {
 	return r;
 }
 
-static void remember_offset(Thread *thread, uint64_t offset) {
+static void remember_offset(Thread *thread, uint64_t offset)
+{
 	Client *client = thread->client;
 
 	client->offsets[client->n_offsets++ % N_OFFSETS] = offset;
 }
 
 /* Returns the id, or 0. */
-static uint64_t hello(Thread *thread, int fd) {
+static uint64_t hello(Thread *thread, int fd)
+{
 	struct kdbus_cmd_hello *hello_ = (void *)command.data;
 
 	build(thread, &command, KDBUS_CMD_HELLO);
@@ -244,7 +262,8 @@ static uint64_t hello(Thread *thread, int fd) {
 	return hello_->id;
 }
 
-static void read_mail(Thread *thread, int fd, uint64_t offset) {
+static void read_mail(Thread *thread, int fd, uint64_t offset)
+{
 	uint64_t from = offset & ~(PAGE - 1);
 	Client *client = thread->client;
 	struct kdbus_msg msg;
@@ -258,22 +277,25 @@ static void read_mail(Thread *thread, int fd, uint64_t offset) {
 	munmap(p, 2 * PAGE);
 }
 
-static void run_command(Thread *thread) {
+static void run_command(Thread *thread)
+{
 	static const unsigned int often[] = {
-		KDBUS_CMD_SEND, KDBUS_CMD_SEND, KDBUS_CMD_SEND, KDBUSFS_CMD_SEND, KDBUS_CMD_RECV,
-		KDBUS_CMD_FREE, KDBUS_CMD_NAME_ACQUIRE, KDBUS_CMD_MATCH_ADD,
+		KDBUS_CMD_SEND, KDBUS_CMD_SEND, KDBUS_CMD_SEND,         KDBUSFS_CMD_SEND,
+		KDBUS_CMD_RECV, KDBUS_CMD_FREE, KDBUS_CMD_NAME_ACQUIRE, KDBUS_CMD_MATCH_ADD,
 	};
 	unsigned int code;
 	int fd;
 
-	code = one_in(thread, 2) ? codes[below(thread, N_CODES)] : often[below(thread, N_ELEMENTS(often))];
+	code = one_in(thread, 2) ? codes[below(thread, N_CODES)]
+				 : often[below(thread, N_ELEMENTS(often))];
 	if (code == KDBUS_CMD_BYEBYE && !one_in(thread, 4))
 		return;
 	if (code == KDBUS_CMD_HELLO) {
 		hello(thread, any_file(thread));
 		return;
 	}
-	fd = code == KDBUS_CMD_BUS_MAKE || one_in(thread, 16) ? any_file(thread) : any_connection(thread);
+	fd = code == KDBUS_CMD_BUS_MAKE || one_in(thread, 16) ? any_file(thread)
+							      : any_connection(thread);
 	build(thread, &command, code);
 	if (issue(thread, fd, code) < 0)
 		return;
@@ -286,7 +308,8 @@ static void run_command(Thread *thread) {
 }
 
 /* Takes messages, reads their heads, frees most of them. */
-static void run_receive(Thread *thread) {
+static void run_receive(Thread *thread)
+{
 	unsigned int code = one_in(thread, 3) ? KDBUSFS_CMD_RECV : KDBUS_CMD_RECV;
 	int fd = any_connection(thread);
 	uint64_t offset;
@@ -307,7 +330,8 @@ static void run_receive(Thread *thread) {
 	}
 }
 
-static void run_raw_ioctl(Thread *thread) {
+static void run_raw_ioctl(Thread *thread)
+{
 	unsigned long code = codes[below(thread, N_CODES)];
 
 	if (one_in(thread, 3))
@@ -319,7 +343,8 @@ static void run_raw_ioctl(Thread *thread) {
 
 /* --- open and close */
 
-static void open_file(Thread *thread, const char *path, bool connect) {
+static void open_file(Thread *thread, const char *path, bool connect)
+{
 	int fd = open(path, (one_in(thread, 8) ? O_RDONLY : O_RDWR) | O_CLOEXEC);
 
 	check(thread, fd);
@@ -328,14 +353,16 @@ static void open_file(Thread *thread, const char *path, bool connect) {
 	put_file(thread, fd, connect ? hello(thread, fd) : 0);
 }
 
-static void run_connect(Thread *thread) {
+static void run_connect(Thread *thread)
+{
 	char path[256];
 
 	snprintf(path, sizeof(path), "%s/bus", thread->client->bus);
 	open_file(thread, path, !one_in(thread, 8));
 }
 
-static void run_open_control(Thread *thread) {
+static void run_open_control(Thread *thread)
+{
 	char path[256];
 
 	snprintf(path, sizeof(path), "%s/control", thread->client->mount);
@@ -343,7 +370,8 @@ static void run_open_control(Thread *thread) {
 }
 
 /* Opens what somebody made: a bus, or a custom endpoint of it or of the common bus. */
-static void run_open_made(Thread *thread) {
+static void run_open_made(Thread *thread)
+{
 	const char *mount = thread->client->mount;
 	unsigned int uid = one_in(thread, 2) ? 0 : thread->client->uid;
 	unsigned int n = below(thread, 24), m = below(thread, 24);
@@ -364,7 +392,8 @@ static void run_open_made(Thread *thread) {
 }
 
 /* Becomes the owner of a bus, or of an endpoint of the common one. */
-static void run_make(Thread *thread) {
+static void run_make(Thread *thread)
+{
 	bool is_bus = one_in(thread, 2);
 	char path[256];
 	int fd;
@@ -386,7 +415,8 @@ static void run_make(Thread *thread) {
 	put_file(thread, fd, 0);
 }
 
-static void run_close(Thread *thread) {
+static void run_close(Thread *thread)
+{
 	uint64_t slot = below(thread, N_FILES);
 	int fd = thread->client->files[slot];
 
@@ -396,11 +426,13 @@ static void run_close(Thread *thread) {
 		check(thread, close(fd));
 }
 
-static void run_dup(Thread *thread) {
+static void run_dup(Thread *thread)
+{
 	put_file(thread, fcntl(any_file(thread), F_DUPFD_CLOEXEC, 3), 0);
 }
 
-static bool is_ours(const Client *client, int fd) {
+static bool is_ours(const Client *client, int fd)
+{
 	for (unsigned int i = 0; i < N_FILES; i++)
 		if (client->files[i] == fd)
 			return true;
@@ -411,7 +443,8 @@ static bool is_ours(const Client *client, int fd) {
 }
 
 /* Closes descriptors that came with messages. */
-static void run_tidy(Thread *thread) {
+static void run_tidy(Thread *thread)
+{
 	for (int fd = 0; fd < 256; fd++)
 		if (!is_ours(thread->client, fd))
 			close(fd);
@@ -419,7 +452,8 @@ static void run_tidy(Thread *thread) {
 
 /* --- pools */
 
-static void run_map(Thread *thread) {
+static void run_map(Thread *thread)
+{
 	Map *map = &thread->client->maps[below(thread, N_MAPS)];
 	uint64_t offset = one_in(thread, 8) ? PAGE * below(thread, 1 << 20) : 0;
 	uint64_t size = PAGE << below(thread, 11);
@@ -439,7 +473,8 @@ static void run_map(Thread *thread) {
 	*map = (Map){ p, size, protection & PROT_WRITE };
 }
 
-static void run_touch(Thread *thread) {
+static void run_touch(Thread *thread)
+{
 	Map map = thread->client->maps[below(thread, N_MAPS)];
 	uint64_t noise[8];
 
@@ -465,7 +500,8 @@ static void run_touch(Thread *thread) {
 
 /* --- polling, and system calls that kdbus refuses */
 
-static void run_poll(Thread *thread) {
+static void run_poll(Thread *thread)
+{
 	struct pollfd fds[8];
 	unsigned int n = 1 + below(thread, N_ELEMENTS(fds));
 
@@ -474,15 +510,19 @@ static void run_poll(Thread *thread) {
 	check(thread, poll(fds, n, (int)below(thread, 3)));
 }
 
-static void run_epoll(Thread *thread) {
-	struct epoll_event events[4], event = { .events = EPOLLIN | (one_in(thread, 2) ? EPOLLET : 0) };
+static void run_epoll(Thread *thread)
+{
+	struct epoll_event events[4],
+		event = { .events = EPOLLIN | (one_in(thread, 2) ? EPOLLET : 0) };
 	int epoll = thread->client->others[N_OTHERS - 1];
 
-	epoll_ctl(epoll, one_in(thread, 3) ? EPOLL_CTL_DEL : EPOLL_CTL_ADD, any_file(thread), &event);
+	epoll_ctl(epoll, one_in(thread, 3) ? EPOLL_CTL_DEL : EPOLL_CTL_ADD, any_file(thread),
+		  &event);
 	check(thread, epoll_wait(epoll, events, N_ELEMENTS(events), (int)below(thread, 2)));
 }
 
-static void run_file(Thread *thread) {
+static void run_file(Thread *thread)
+{
 	int fd = any_file(thread);
 	uint8_t buffer[512] = {};
 	struct stat st;
@@ -495,7 +535,8 @@ static void run_file(Thread *thread) {
 		check_data(thread, write(fd, buffer, below(thread, sizeof(buffer))));
 		break;
 	case 2:
-		check_data(thread, pread(fd, buffer, sizeof(buffer), strange_number(thread) & INT64_MAX));
+		check_data(thread,
+			   pread(fd, buffer, sizeof(buffer), strange_number(thread) & INT64_MAX));
 		break;
 	case 3:
 		check_data(thread, lseek(fd, strange_number(thread) & INT64_MAX, below(thread, 5)));
@@ -504,7 +545,8 @@ static void run_file(Thread *thread) {
 		check_data(thread, ftruncate(fd, strange_number(thread) & INT64_MAX));
 		break;
 	case 5:
-		check_data(thread, fallocate(fd, below(thread, 64), below(thread, 1 << 20), 1 + below(thread, 1 << 20)));
+		check_data(thread, fallocate(fd, below(thread, 64), below(thread, 1 << 20),
+					     1 + below(thread, 1 << 20)));
 		break;
 	case 6:
 		check(thread, fstat(fd, &st));
@@ -519,7 +561,8 @@ static void run_file(Thread *thread) {
 		check_data(thread, copy_file_range(fd, NULL, any_file(thread), NULL, PAGE, 0));
 		break;
 	case 10:
-		check_data(thread, splice(thread->client->others[2], NULL, fd, NULL, PAGE, SPLICE_F_NONBLOCK));
+		check_data(thread, splice(thread->client->others[2], NULL, fd, NULL, PAGE,
+					  SPLICE_F_NONBLOCK));
 		break;
 	default:
 		check(thread, fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE));
@@ -527,7 +570,8 @@ static void run_file(Thread *thread) {
 	}
 }
 
-static void list_directory(const char *path) {
+static void list_directory(const char *path)
+{
 	DIR *directory = opendir(path);
 
 	if (!directory)
@@ -537,8 +581,10 @@ static void list_directory(const char *path) {
 	closedir(directory);
 }
 
-static void run_tree(Thread *thread) {
-	static const char *const entries[] = { "", "control", "0-fuzz-0", "0-fuzz-1/bus", "new", "control/x" };
+static void run_tree(Thread *thread)
+{
+	static const char *const entries[] = { "",    "control",  "0-fuzz-0", "0-fuzz-1/bus",
+					       "new", "control/x" };
 	const char *entry = entries[below(thread, N_ELEMENTS(entries))];
 	struct statfs sf;
 	char path[256];
@@ -574,14 +620,16 @@ static void run_tree(Thread *thread) {
 		check(thread, symlink("x", path));
 		break;
 	default:
-		check(thread, open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600) < 0 ? -1 : 0);
+		check(thread,
+		      open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600) < 0 ? -1 : 0);
 		break;
 	}
 }
 
 /* --- the rest of the process */
 
-static void make_others(Thread *thread) {
+static void make_others(Thread *thread)
+{
 	Client *client = thread->client;
 	int pair[2];
 
@@ -609,38 +657,46 @@ static void make_others(Thread *thread) {
 }
 
 /* Empties the socket, or somebody else's end of a pipe. */
-static void run_drain(Thread *thread) {
+static void run_drain(Thread *thread)
+{
 	union {
 		struct cmsghdr header;
 		uint8_t bytes[CMSG_SPACE(64 * sizeof(int))];
 	} control;
 	uint8_t data[64];
 	struct iovec iov = { data, sizeof(data) };
-	struct msghdr packet = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control,
+	struct msghdr packet = { .msg_iov = &iov,
+				 .msg_iovlen = 1,
+				 .msg_control = &control,
 				 .msg_controllen = sizeof(control) };
 
-	recvmsg(thread->client->others[9 + below(thread, 2)], &packet, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	recvmsg(thread->client->others[9 + below(thread, 2)], &packet,
+		MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 }
 
-static void run_signal(Thread *thread) {
+static void run_signal(Thread *thread)
+{
 	int number = one_in(thread, 2) ? SIGUSR1 : SIGUSR2;
 
 	syscall(SYS_tgkill, getpid(), thread->client->tids[below(thread, N_THREADS)], number);
 }
 
-static void run_timer(Thread *thread) {
+static void run_timer(Thread *thread)
+{
 	unsigned int us = 100 + below(thread, UINT64_C(200) << below(thread, 8));
 	struct itimerval timer = { { 0, us }, { 0, us } };
 
 	setitimer(ITIMER_REAL, &timer, NULL);
 }
 
-static void run_sockets(Thread *thread) {
+static void run_sockets(Thread *thread)
+{
 	make_others(thread);
 }
 
 /* A child with copies of all descriptors, which ends soon, or is killed. */
-static void run_fork(Thread *thread) {
+static void run_fork(Thread *thread)
+{
 	pid_t child;
 
 	if (!one_in(thread, 4))
@@ -660,40 +716,42 @@ static void run_fork(Thread *thread) {
 		kill(child, SIGKILL);
 }
 
-static void run_dumpable(Thread *thread) {
+static void run_dumpable(Thread *thread)
+{
 	prctl(PR_SET_DUMPABLE, below(thread, 2));
 }
 
 /* Ends all threads, wherever they are. */
-static void run_exec(Thread *thread) {
+static void run_exec(Thread *thread)
+{
 	if (one_in(thread, 64))
 		execl("/bin/true", "true", NULL);
 }
 
 static const Action actions[] = {
-	{ "connect",		8,	run_connect },
-	{ "command",		64,	run_command },
-	{ "receive",		20,	run_receive },
-	{ "open control",	2,	run_open_control },
-	{ "open made",		4,	run_open_made },
-	{ "make",		2,	run_make },
-	{ "close",		3,	run_close },
-	{ "dup",		1,	run_dup },
-	{ "tidy",		1,	run_tidy },
-	{ "raw ioctl",		3,	run_raw_ioctl },
-	{ "map",		3,	run_map },
-	{ "touch",		4,	run_touch },
-	{ "poll",		4,	run_poll },
-	{ "epoll",		2,	run_epoll },
-	{ "file",		4,	run_file },
-	{ "tree",		2,	run_tree },
-	{ "drain",		2,	run_drain },
-	{ "signal",		2,	run_signal },
-	{ "timer",		1,	run_timer },
-	{ "sockets",		1,	run_sockets },
-	{ "fork",		1,	run_fork },
-	{ "dumpable",		1,	run_dumpable },
-	{ "exec",		1,	run_exec },
+	{ "connect", 8, run_connect },
+	{ "command", 64, run_command },
+	{ "receive", 20, run_receive },
+	{ "open control", 2, run_open_control },
+	{ "open made", 4, run_open_made },
+	{ "make", 2, run_make },
+	{ "close", 3, run_close },
+	{ "dup", 1, run_dup },
+	{ "tidy", 1, run_tidy },
+	{ "raw ioctl", 3, run_raw_ioctl },
+	{ "map", 3, run_map },
+	{ "touch", 4, run_touch },
+	{ "poll", 4, run_poll },
+	{ "epoll", 2, run_epoll },
+	{ "file", 4, run_file },
+	{ "tree", 2, run_tree },
+	{ "drain", 2, run_drain },
+	{ "signal", 2, run_signal },
+	{ "timer", 1, run_timer },
+	{ "sockets", 1, run_sockets },
+	{ "fork", 1, run_fork },
+	{ "dumpable", 1, run_dumpable },
+	{ "exec", 1, run_exec },
 };
 
 /**
@@ -701,7 +759,8 @@ static const Action actions[] = {
  * @client:		client to initialise; mount, bus and uid have been set
  * @thread:		its first thread
  */
-void client_init(Client *client, Thread *thread) {
+void client_init(Client *client, Thread *thread)
+{
 	for (unsigned int i = 0; i < N_FILES; i++)
 		client->files[i] = -1;
 	for (unsigned int i = 0; i < N_OTHERS; i++)
@@ -713,7 +772,8 @@ void client_init(Client *client, Thread *thread) {
  * act() - do one thing
  * @thread:		who
  */
-void act(Thread *thread) {
+void act(Thread *thread)
+{
 	uint64_t sum = 0, pick;
 
 	for (size_t i = 0; i < N_ELEMENTS(actions); i++)

@@ -13,24 +13,12 @@
 #define BLOOM_SIZE 64
 
 const unsigned int codes[N_CODES] = {
-	KDBUS_CMD_BUS_MAKE,
-	KDBUS_CMD_ENDPOINT_MAKE,
-	KDBUS_CMD_ENDPOINT_UPDATE,
-	KDBUS_CMD_HELLO,
-	KDBUS_CMD_UPDATE,
-	KDBUS_CMD_BYEBYE,
-	KDBUS_CMD_FREE,
-	KDBUS_CMD_CONN_INFO,
-	KDBUS_CMD_BUS_CREATOR_INFO,
-	KDBUS_CMD_LIST,
-	KDBUS_CMD_SEND,
-	KDBUS_CMD_RECV,
-	KDBUS_CMD_NAME_ACQUIRE,
-	KDBUS_CMD_NAME_RELEASE,
-	KDBUS_CMD_MATCH_ADD,
-	KDBUS_CMD_MATCH_REMOVE,
-	KDBUSFS_CMD_FD_SOCKET,
-	KDBUSFS_CMD_RECV,
+	KDBUS_CMD_BUS_MAKE,     KDBUS_CMD_ENDPOINT_MAKE, KDBUS_CMD_ENDPOINT_UPDATE,
+	KDBUS_CMD_HELLO,        KDBUS_CMD_UPDATE,        KDBUS_CMD_BYEBYE,
+	KDBUS_CMD_FREE,         KDBUS_CMD_CONN_INFO,     KDBUS_CMD_BUS_CREATOR_INFO,
+	KDBUS_CMD_LIST,         KDBUS_CMD_SEND,          KDBUS_CMD_RECV,
+	KDBUS_CMD_NAME_ACQUIRE, KDBUS_CMD_NAME_RELEASE,  KDBUS_CMD_MATCH_ADD,
+	KDBUS_CMD_MATCH_REMOVE, KDBUSFS_CMD_FD_SOCKET,   KDBUSFS_CMD_RECV,
 	KDBUSFS_CMD_SEND,
 };
 
@@ -73,7 +61,9 @@ static const char *const names[] = {
 /* --- what to put where */
 
 /* Numbers at which something changes. */
-uint64_t strange_number(Thread *thread) {
+uint64_t strange_number(Thread *thread)
+{
+	/* clang-format off */
 	static const uint64_t numbers[] = {
 		0, 1, 2, 7, 8, 15, 16, 17, 23, 24, 25, 32, 40, 56, 63, 64, 65, 96, 255, 256, 257,
 		4095, 4096, 4097, 32760, 32767, 32768, 32769, 65536,
@@ -81,6 +71,7 @@ uint64_t strange_number(Thread *thread) {
 		INT32_MAX, UINT64_C(1) << 31, UINT32_MAX, UINT64_C(1) << 32, UINT64_C(1) << 47,
 		INT64_MAX, UINT64_C(1) << 63, UINT64_MAX - 8, UINT64_MAX - 7, UINT64_MAX - 1, UINT64_MAX,
 	};
+	/* clang-format on */
 
 	switch (below(thread, 4)) {
 	case 0:
@@ -95,12 +86,15 @@ uint64_t strange_number(Thread *thread) {
 }
 
 /* An address that is no good, or not for long, or belongs to a pool. */
-uint64_t strange_address(Thread *thread) {
+uint64_t strange_address(Thread *thread)
+{
+	/* clang-format off */
 	static const uint64_t addresses[] = {
 		0, 1, 8, 4096, UINT64_C(0x7ffffffff000), UINT64_C(0x7ffffffffff8),
 		UINT64_C(0xffff888000000000), UINT64_C(0xffffffff81000000), UINT64_MAX - 7,
 		UINT64_MAX, UINT64_C(1) << 63, UINT64_C(1) << 47,
 	};
+	/* clang-format on */
 	Map *map = &thread->client->maps[below(thread, N_MAPS)];
 
 	switch (below(thread, 8)) {
@@ -120,7 +114,8 @@ uint64_t strange_address(Thread *thread) {
 	}
 }
 
-static uint64_t any_id(Thread *thread) {
+static uint64_t any_id(Thread *thread)
+{
 	uint64_t id = thread->client->ids[below(thread, N_FILES)];
 
 	if (one_in(thread, 16))
@@ -128,11 +123,13 @@ static uint64_t any_id(Thread *thread) {
 	return id && !one_in(thread, 4) ? id : shared->ids[below(thread, N_IDS)];
 }
 
-static uint64_t any_cookie(Thread *thread) {
+static uint64_t any_cookie(Thread *thread)
+{
 	return one_in(thread, 32) ? strange_number(thread) : 1 + below(thread, 8);
 }
 
-static uint64_t any_mask(Thread *thread) {
+static uint64_t any_mask(Thread *thread)
+{
 	switch (below(thread, 4)) {
 	case 0:
 		return one_in(thread, 8) ? strange_number(thread) : 0;
@@ -146,11 +143,13 @@ static uint64_t any_mask(Thread *thread) {
 }
 
 /* Mostly one that is valid. */
-static const char *any_name(Thread *thread) {
+static const char *any_name(Thread *thread)
+{
 	return names[below(thread, one_in(thread, 8) ? N_ELEMENTS(names) : 3)];
 }
 
-static int any_other(Thread *thread) {
+static int any_other(Thread *thread)
+{
 	Client *client = thread->client;
 
 	switch (below(thread, 12)) {
@@ -166,13 +165,15 @@ static int any_other(Thread *thread) {
 }
 
 /* others[] starts with memfds that are sealed, and of PAYLOAD_SIZE / 64 bytes. */
-static int any_memfd(Thread *thread) {
+static int any_memfd(Thread *thread)
+{
 	return one_in(thread, 8) ? any_other(thread) : thread->client->others[below(thread, 2)];
 }
 
 /* --- items */
 
-static void *put(Command *command, uint64_t type, const void *data, uint64_t size) {
+static void *put(Command *command, uint64_t type, const void *data, uint64_t size)
+{
 	struct kdbus_item *item = (void *)((uint8_t *)command->data + command->size);
 
 	if (command->size + ALIGN8(ITEM_HEADER + size) > COMMAND_MAX)
@@ -187,15 +188,18 @@ static void *put(Command *command, uint64_t type, const void *data, uint64_t siz
 	return item->data;
 }
 
-static void put_u64(Command *command, uint64_t type, uint64_t value) {
+static void put_u64(Command *command, uint64_t type, uint64_t value)
+{
 	put(command, type, &value, sizeof(value));
 }
 
-static void put_string(Command *command, uint64_t type, const char *string) {
+static void put_string(Command *command, uint64_t type, const char *string)
+{
 	put(command, type, string, strlen(string) + 1);
 }
 
-static void put_policy(Thread *thread, Command *command) {
+static void put_policy(Thread *thread, Command *command)
+{
 	struct kdbus_policy_access access;
 
 	for (uint64_t n = below(thread, 5); n > 0; n--) {
@@ -206,7 +210,8 @@ static void put_policy(Thread *thread, Command *command) {
 	}
 }
 
-static void put_make_name(Thread *thread, Command *command) {
+static void put_make_name(Thread *thread, Command *command)
+{
 	unsigned int uid = one_in(thread, 32) ? 1 : thread->client->uid;
 	char name[80];
 
@@ -217,7 +222,8 @@ static void put_make_name(Thread *thread, Command *command) {
 	put_string(command, KDBUS_ITEM_MAKE_NAME, name);
 }
 
-static void put_fakes(Thread *thread, Command *command) {
+static void put_fakes(Thread *thread, Command *command)
+{
 	uint64_t ids[8];
 
 	if (one_in(thread, 2)) {
@@ -234,7 +240,8 @@ static void put_fakes(Thread *thread, Command *command) {
 		put_string(command, KDBUS_ITEM_SECLABEL, "fuzz");
 }
 
-static void put_negotiate(Thread *thread, Command *command) {
+static void put_negotiate(Thread *thread, Command *command)
+{
 	uint64_t types[8], n = below(thread, N_ELEMENTS(types));
 
 	for (uint64_t i = 0; i < n; i++)
@@ -242,7 +249,8 @@ static void put_negotiate(Thread *thread, Command *command) {
 	put(command, KDBUS_ITEM_NEGOTIATE, types, 8 * n);
 }
 
-static void put_rule(Thread *thread, Command *command) {
+static void put_rule(Thread *thread, Command *command)
+{
 	struct kdbus_notify_name_change *change;
 	uint64_t mask[4 * BLOOM_SIZE / 8] = {};
 
@@ -267,7 +275,8 @@ static void put_rule(Thread *thread, Command *command) {
 			memcpy(change->name, names[0], 14);
 		break;
 	default:
-		change = put(command, KDBUS_ITEM_ID_ADD + below(thread, 2), NULL, sizeof(change->old_id));
+		change = put(command, KDBUS_ITEM_ID_ADD + below(thread, 2), NULL,
+			     sizeof(change->old_id));
 		change->old_id.id = one_in(thread, 2) ? KDBUS_MATCH_ID_ANY : any_id(thread);
 		break;
 	}
@@ -275,11 +284,13 @@ static void put_rule(Thread *thread, Command *command) {
 
 /* --- commands */
 
-static uint64_t fixed_size(unsigned int code) {
+static uint64_t fixed_size(unsigned int code)
+{
 	return (code >> 16) & 0x3fff;
 }
 
-static void build_hello(Thread *thread, Command *command) {
+static void build_hello(Thread *thread, Command *command)
+{
 	struct kdbus_cmd_hello *hello = (void *)command->data;
 	uint64_t kind = below(thread, 12);
 
@@ -301,7 +312,8 @@ static void build_hello(Thread *thread, Command *command) {
 		put_fakes(thread, command);
 }
 
-static void build_send(Thread *thread, Command *command) {
+static void build_send(Thread *thread, Command *command)
+{
 	struct kdbus_cmd_send *send = (void *)command->data;
 	int fd;
 
@@ -314,7 +326,8 @@ static void build_send(Thread *thread, Command *command) {
 	}
 }
 
-static void build_update(Thread *thread, Command *command) {
+static void build_update(Thread *thread, Command *command)
+{
 	if (one_in(thread, 2))
 		put_u64(command, KDBUS_ITEM_ATTACH_FLAGS_SEND, any_mask(thread));
 	if (one_in(thread, 2))
@@ -331,7 +344,8 @@ static void build_update(Thread *thread, Command *command) {
  * @command:		where to
  * @code:		its code
  */
-void build(Thread *thread, Command *command, unsigned int code) {
+void build(Thread *thread, Command *command, unsigned int code)
+{
 	struct kdbus_bloom_parameter bloom = { .size = BLOOM_SIZE, .n_hash = 1 };
 	struct kdbus_cmd *head = (void *)command->data;
 	uint64_t *fields = command->data + 3;
@@ -364,8 +378,8 @@ void build(Thread *thread, Command *command, unsigned int code) {
 		build_update(thread, command);
 		break;
 	case KDBUS_CMD_FREE:
-		fields[0] = one_in(thread, 16) ? strange_number(thread) :
-			    thread->client->offsets[below(thread, N_OFFSETS)];
+		fields[0] = one_in(thread, 16) ? strange_number(thread)
+					       : thread->client->offsets[below(thread, N_OFFSETS)];
 		break;
 	case KDBUS_CMD_CONN_INFO:
 	case KDBUS_CMD_BUS_CREATOR_INFO:
@@ -419,7 +433,8 @@ void build(Thread *thread, Command *command, unsigned int code) {
 
 /* --- messages */
 
-static uint64_t deadline(Thread *thread) {
+static uint64_t deadline(Thread *thread)
+{
 	struct timespec now;
 
 	if (one_in(thread, 32))
@@ -429,7 +444,8 @@ static uint64_t deadline(Thread *thread) {
 	       (UINT64_C(1000) << below(thread, 15));
 }
 
-static void put_payload(Thread *thread, Command *command) {
+static void put_payload(Thread *thread, Command *command)
+{
 	struct kdbus_memfd memfd = {};
 	struct kdbus_vec vec = {};
 	int fds[20];
@@ -445,11 +461,13 @@ static void put_payload(Thread *thread, Command *command) {
 	case 1:
 		n = one_in(thread, 8) ? below(thread, N_ELEMENTS(fds)) : 1 + below(thread, 2);
 		for (uint64_t i = 0; i < n; i++)
-			fds[i] = one_in(thread, 8) ? any_other(thread) : thread->client->others[2 + below(thread, 4)];
+			fds[i] = one_in(thread, 8) ? any_other(thread)
+						   : thread->client->others[2 + below(thread, 4)];
 		put(command, KDBUS_ITEM_FDS, fds, n * sizeof(*fds));
 		break;
 	default:
-		vec.size = 1 + below(thread, UINT64_C(2) << below(thread, one_in(thread, 32) ? 21 : 10));
+		vec.size = 1 + below(thread,
+				     UINT64_C(2) << below(thread, one_in(thread, 32) ? 21 : 10));
 		vec.address = (uintptr_t)payload + below(thread, PAYLOAD_SIZE / 4);
 		if (one_in(thread, 8))
 			vec.address = one_in(thread, 2) ? 0 : strange_address(thread);
@@ -458,7 +476,8 @@ static void put_payload(Thread *thread, Command *command) {
 	}
 }
 
-static void put_bloom_filter(Thread *thread, Command *command) {
+static void put_bloom_filter(Thread *thread, Command *command)
+{
 	uint64_t filter[1 + BLOOM_SIZE / 8];
 
 	for (unsigned int i = 0; i < N_ELEMENTS(filter); i++)
@@ -472,7 +491,8 @@ static void put_bloom_filter(Thread *thread, Command *command) {
  * @command:		where to
  * @sync:		the SEND wants to wait for a reply
  */
-void build_message(Thread *thread, Command *command, bool sync) {
+void build_message(Thread *thread, Command *command, bool sync)
+{
 	struct kdbus_msg *msg = (void *)command->data;
 	Mail *mail = &thread->client->mail[below(thread, N_MAIL)];
 
@@ -521,7 +541,8 @@ void build_message(Thread *thread, Command *command, bool sync) {
 
 /* --- damage */
 
-static struct kdbus_item *any_item(Thread *thread, Command *command) {
+static struct kdbus_item *any_item(Thread *thread, Command *command)
+{
 	uint64_t at = 24 + 8 * below(thread, command->size / 8 - 2);
 
 	return (void *)((uint8_t *)command->data + at);
@@ -535,7 +556,8 @@ static struct kdbus_item *any_item(Thread *thread, Command *command) {
  * What was a valid chain mostly stays one here and there, so that the checks
  * behind the first are reached as well.
  */
-void damage(Thread *thread, Command *command) {
+void damage(Thread *thread, Command *command)
+{
 	uint8_t *bytes = (uint8_t *)command->data;
 	uint64_t n_words = command->size / 8, *word = &command->data[below(thread, n_words)], size;
 
@@ -550,14 +572,15 @@ void damage(Thread *thread, Command *command) {
 		*word += below(thread, 2) ? 1 : -1;
 		break;
 	case 3:
-		command->data[0] = one_in(thread, 2) ? strange_number(thread) :
-				   command->size - 16 + below(thread, 32);
+		command->data[0] = one_in(thread, 2) ? strange_number(thread)
+						     : command->size - 16 + below(thread, 32);
 		break;
 	case 4:
 		command->data[1] ^= UINT64_C(1) << below(thread, 64);
 		break;
 	case 5:
-		any_item(thread, command)->size = below(thread, 2) ? below(thread, 64) : strange_number(thread);
+		any_item(thread, command)->size = below(thread, 2) ? below(thread, 64)
+								   : strange_number(thread);
 		break;
 	case 6:
 		/* The tail once more. */
@@ -575,7 +598,8 @@ void damage(Thread *thread, Command *command) {
 	default:
 		/* As long as can be, or longer. */
 		size = 32768 - 16 + 8 * below(thread, 5);
-		memset(bytes + command->size, 0, size - (command->size < size ? command->size : size));
+		memset(bytes + command->size, 0,
+		       size - (command->size < size ? command->size : size));
 		command->size = command->data[0] = size;
 		break;
 	}

@@ -37,14 +37,16 @@
 Shared *shared;
 uint8_t *payload;
 
-static int64_t now_ms(void) {
+static int64_t now_ms(void)
+{
 	struct timespec now;
 
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-static void die(const char *what) {
+static void die(const char *what)
+{
 	perror(what);
 	exit(2);
 }
@@ -56,14 +58,16 @@ static void die(const char *what) {
  *
  * Only the first one is kept: the others tend to follow from it.
  */
-void report(Thread *thread, const char *format, ...) {
+void report(Thread *thread, const char *format, ...)
+{
 	va_list arguments;
 	int n;
 
 	if (__atomic_fetch_add(&shared->n_reports, 1, __ATOMIC_SEQ_CST))
 		return;
-	n = snprintf(shared->report, REPORT_SIZE, "seed %" PRIu64 " worker %u episode %u thread %u step %u, %s: ",
-		     thread->seed, thread->worker, thread->episode, thread->number, thread->step, thread->action);
+	n = snprintf(shared->report, REPORT_SIZE,
+		     "seed %" PRIu64 " worker %u episode %u thread %u step %u, %s: ", thread->seed,
+		     thread->worker, thread->episode, thread->number, thread->step, thread->action);
 	va_start(arguments, format);
 	vsnprintf(shared->report + n, REPORT_SIZE - n, format, arguments);
 	va_end(arguments);
@@ -71,17 +75,20 @@ void report(Thread *thread, const char *format, ...) {
 
 /* --- an episode */
 
-static void ignore_signal(int number) {
+static void ignore_signal(int number)
+{
 	(void)number;
 }
 
-static void handle(int number, int flags) {
+static void handle(int number, int flags)
+{
 	struct sigaction action = { .sa_handler = ignore_signal, .sa_flags = flags };
 
 	sigaction(number, &action, NULL);
 }
 
-static void thread_seed(Thread *thread, unsigned int number) {
+static void thread_seed(Thread *thread, unsigned int number)
+{
 	thread->number = number;
 	thread->action = "start";
 	thread->rng.state = thread->seed;
@@ -91,7 +98,8 @@ static void thread_seed(Thread *thread, unsigned int number) {
 }
 
 /* Becomes somebody: often root, or else a user without rights, maybe elsewhere. */
-static void become(Thread *thread) {
+static void become(Thread *thread)
+{
 	static const unsigned int uids[] = { 0, 0, 0, 65534, 60001, 60002 };
 	unsigned int uid = uids[below(thread, N_ELEMENTS(uids))];
 	struct rlimit files = { 256, 256 };
@@ -103,7 +111,8 @@ static void become(Thread *thread) {
 	if (one_in(thread, 8) && unshare(CLONE_NEWPID) < 0)
 		die("unshare");
 	if (uid) {
-		if (setgroups(0, NULL) < 0 || setresgid(uid, uid, uid) < 0 || setresuid(uid, uid, uid) < 0)
+		if (setgroups(0, NULL) < 0 || setresgid(uid, uid, uid) < 0 ||
+		    setresuid(uid, uid, uid) < 0)
 			die("setresuid");
 	}
 	/* May be forbidden to those without rights. */
@@ -113,7 +122,8 @@ static void become(Thread *thread) {
 	prctl(PR_SET_DUMPABLE, 1);
 }
 
-static void *run_thread(void *data) {
+static void *run_thread(void *data)
+{
 	Thread *thread = data;
 	uint64_t n_steps = UINT64_C(20) << below(thread, 8);
 
@@ -123,7 +133,8 @@ static void *run_thread(void *data) {
 	return NULL;
 }
 
-static _Noreturn void run_episode(Thread *first) {
+static _Noreturn void run_episode(Thread *first)
+{
 	static Client client;
 	static Thread threads[N_THREADS];
 	int restart = one_in(first, 2) ? SA_RESTART : 0;
@@ -161,7 +172,8 @@ static _Noreturn void run_episode(Thread *first) {
 }
 
 /* Waits for a child until @deadline; -ETIMEDOUT if it is there still. */
-static int wait_for(pid_t child, int64_t deadline) {
+static int wait_for(pid_t child, int64_t deadline)
+{
 	struct pollfd pollfd = { .events = POLLIN };
 	int64_t left;
 	int r = 0;
@@ -184,7 +196,8 @@ static int wait_for(pid_t child, int64_t deadline) {
 }
 
 /* Kills all that is left of an episode. */
-static void reap(Thread *thread, pid_t group) {
+static void reap(Thread *thread, pid_t group)
+{
 	int64_t deadline = now_ms() + DEATH_MS;
 
 	kill(-group, SIGKILL);
@@ -198,7 +211,8 @@ static void reap(Thread *thread, pid_t group) {
 	}
 }
 
-static void run_worker(Thread *thread, int64_t end, bool once) {
+static void run_worker(Thread *thread, int64_t end, bool once)
+{
 	pid_t child;
 
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
@@ -225,15 +239,17 @@ static void run_worker(Thread *thread, int64_t end, bool once) {
 	}
 }
 
-static void print_results(uint64_t seed) {
+static void print_results(uint64_t seed)
+{
 	const char *name;
 	uint64_t n;
 
-	printf("{\"seed\": %" PRIu64 ", \"calls\": %" PRIu64 ", \"episodes\": %" PRIu64 ", \"killed\": %" PRIu64
-	       ", \"report\": \"%s\", \"results\": {",
+	printf("{\"seed\": %" PRIu64 ", \"calls\": %" PRIu64 ", \"episodes\": %" PRIu64
+	       ", \"killed\": %" PRIu64 ", \"report\": \"%s\", \"results\": {",
 	       seed, shared->n_calls, shared->n_episodes, shared->n_killed, shared->report);
 	for (unsigned int i = 0; i < N_CODES; i++) {
-		printf("%s\"%s\": {\"0\": %" PRIu64, i ? ", " : "", code_names[i], shared->n_results[i][0]);
+		printf("%s\"%s\": {\"0\": %" PRIu64, i ? ", " : "", code_names[i],
+		       shared->n_results[i][0]);
 		for (int error = 1; error < N_ERRORS; error++) {
 			n = shared->n_results[i][error];
 			name = strerrorname_np(error);
@@ -245,7 +261,8 @@ static void print_results(uint64_t seed) {
 	printf("}}\n");
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
 	static Client client;
 	Thread thread = { .client = &client };
 	struct rlimit no_core = {};
@@ -262,8 +279,10 @@ int main(int argc, char **argv) {
 	thread.seed = strtoull(argv[4], NULL, 0);
 
 	setrlimit(RLIMIT_CORE, &no_core);
-	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-	payload = mmap(NULL, PAYLOAD_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
+		      0);
+	payload = mmap(NULL, PAYLOAD_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
+		       0);
 	if (shared == MAP_FAILED || payload == MAP_FAILED)
 		die("mmap");
 

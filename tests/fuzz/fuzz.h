@@ -54,13 +54,13 @@ struct Rng {
 
 /* What all processes see. */
 struct Shared {
-	uint64_t ids[N_IDS];		/* of connections, on whatever bus */
+	uint64_t ids[N_IDS]; /* of connections, on whatever bus */
 	uint64_t n_calls;
 	uint64_t n_episodes;
 	uint64_t n_killed;
 	uint64_t n_results[N_CODES][N_ERRORS]; /* by index into codes[], and by errno */
 	uint64_t n_reports;
-	char report[REPORT_SIZE];	/* of the first thing that must never happen */
+	char report[REPORT_SIZE]; /* of the first thing that must never happen */
 };
 
 /* A message that was received, for a reply to refer to. */
@@ -78,19 +78,19 @@ struct Map {
 
 /* A process's things; its threads use them at the same time, without locks. */
 struct Client {
-	int files[N_FILES];		/* kdbus nodes, or -1 */
-	uint64_t ids[N_FILES];		/* of the connections among them, or 0 */
-	int others[N_OTHERS];		/* what else can be sent or polled */
+	int files[N_FILES];    /* kdbus nodes, or -1 */
+	uint64_t ids[N_FILES]; /* of the connections among them, or 0 */
+	int others[N_OTHERS];  /* what else can be sent or polled */
 	Map maps[N_MAPS];
 	Mail mail[N_MAIL];
-	uint64_t offsets[N_OFFSETS];	/* of slices, in whatever pool */
+	uint64_t offsets[N_OFFSETS]; /* of slices, in whatever pool */
 	uint64_t n_mail;
 	uint64_t n_offsets;
-	uint64_t page[4096];		/* commands that several threads write to */
+	uint64_t page[4096]; /* commands that several threads write to */
 	pthread_t threads[N_THREADS];
 	int tids[N_THREADS];
 	const char *mount;
-	const char *bus;		/* directory of a bus that outlives all episodes */
+	const char *bus; /* directory of a bus that outlives all episodes */
 	unsigned int uid;
 };
 
@@ -116,12 +116,12 @@ struct Thread {
 
 /* A command or a message under construction. */
 struct Command {
-	uint64_t size;			/* what is there, padding of the last item too */
+	uint64_t size; /* what is there, padding of the last item too */
 	uint64_t data[COMMAND_MAX / 8 + 16];
 };
 
 extern Shared *shared;
-extern uint8_t *payload;		/* PAYLOAD_SIZE bytes to send from */
+extern uint8_t *payload; /* PAYLOAD_SIZE bytes to send from */
 extern const unsigned int codes[N_CODES];
 extern const char *const code_names[N_CODES];
 
@@ -140,7 +140,8 @@ int arena_init(Arena *arena);
 void client_init(Client *client, Thread *thread);
 void act(Thread *thread);
 
-static inline uint64_t rng_next(Rng *rng) {
+static inline uint64_t rng_next(Rng *rng)
+{
 	uint64_t z = (rng->state += UINT64_C(0x9e3779b97f4a7c15));
 
 	z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
@@ -148,10 +149,12 @@ static inline uint64_t rng_next(Rng *rng) {
 	return z ^ (z >> 31);
 }
 
-static inline uint64_t below(Thread *thread, uint64_t n) {
+static inline uint64_t below(Thread *thread, uint64_t n)
+{
 	return rng_next(&thread->rng) % n;
 }
 
-static inline bool one_in(Thread *thread, uint64_t n) {
+static inline bool one_in(Thread *thread, uint64_t n)
+{
 	return !below(thread, n);
 }

@@ -30,23 +30,25 @@
 #define POOL_SIZE (1 << 20)
 #define SECOND UINT64_C(1000000000)
 
-#define CHECK(condition, ...)                                                   \
-	do {                                                                    \
-		if (!(condition)) {                                             \
-			fprintf(stderr, "shares: %s: ", #condition);            \
-			fprintf(stderr, __VA_ARGS__);                           \
-			fprintf(stderr, "\n");                                  \
-			exit(1);                                                \
-		}                                                               \
+#define CHECK(condition, ...)                                        \
+	do {                                                         \
+		if (!(condition)) {                                  \
+			fprintf(stderr, "shares: %s: ", #condition); \
+			fprintf(stderr, __VA_ARGS__);                \
+			fprintf(stderr, "\n");                       \
+			exit(1);                                     \
+		}                                                    \
 	} while (0)
 
 /* The count that was reached, and the error that ended it. */
-static void check_limit(const char *what, unsigned int found, int r, unsigned int limit, int error) {
+static void check_limit(const char *what, unsigned int found, int r, unsigned int limit, int error)
+{
 	CHECK(found == limit && r == -error, "%u %s, then: %s", found, what, strerror(-r));
 	printf("\"%s\": %u, ", what, found);
 }
 
-static struct kdbus_message *message_to(struct kdbus_conn *receiver) {
+static struct kdbus_message *message_to(struct kdbus_conn *receiver)
+{
 	struct kdbus_message *message;
 
 	CHECK(kdbus_message_new(&message) >= 0, "no memory");
@@ -54,7 +56,8 @@ static struct kdbus_message *message_to(struct kdbus_conn *receiver) {
 	return message;
 }
 
-static void check_buses(const char *mount, unsigned int uid) {
+static void check_buses(const char *mount, unsigned int uid)
+{
 	struct kdbus_bus *buses[N_BUSES + 1] = {};
 	unsigned int n = 0;
 	char name[64];
@@ -70,7 +73,8 @@ static void check_buses(const char *mount, unsigned int uid) {
 		kdbus_bus_free(buses[n]);
 }
 
-static void check_connections(const char *path) {
+static void check_connections(const char *path)
+{
 	static struct kdbus_conn *conns[N_CONNECTIONS + 1];
 	struct kdbus_conn_options options = { .pool_size = PAGE };
 	unsigned int n = 0;
@@ -85,7 +89,8 @@ static void check_connections(const char *path) {
 		kdbus_conn_free(conns[n]);
 }
 
-static unsigned int drain(struct kdbus_conn *conn) {
+static unsigned int drain(struct kdbus_conn *conn)
+{
 	struct kdbus_message *message;
 	unsigned int n = 0;
 
@@ -96,7 +101,8 @@ static unsigned int drain(struct kdbus_conn *conn) {
 	return n;
 }
 
-static void check_messages(struct kdbus_conn *from, struct kdbus_conn *to) {
+static void check_messages(struct kdbus_conn *from, struct kdbus_conn *to)
+{
 	struct kdbus_message *message = message_to(to);
 	unsigned int n = 0;
 	int r;
@@ -109,7 +115,8 @@ static void check_messages(struct kdbus_conn *from, struct kdbus_conn *to) {
 }
 
 /* One user gets a third of half a pool. */
-static void check_bytes(struct kdbus_conn *from, struct kdbus_conn *to) {
+static void check_bytes(struct kdbus_conn *from, struct kdbus_conn *to)
+{
 	struct kdbus_message *message = message_to(to);
 	static char data[POOL_SIZE / 2 / 3 - 2 * PAGE];
 	int r;
@@ -123,7 +130,8 @@ static void check_bytes(struct kdbus_conn *from, struct kdbus_conn *to) {
 	kdbus_message_free(message);
 }
 
-static void check_fds(struct kdbus_conn *from, struct kdbus_conn *to) {
+static void check_fds(struct kdbus_conn *from, struct kdbus_conn *to)
+{
 	struct kdbus_message *message = message_to(to);
 	int r, fd = STDIN_FILENO;
 	unsigned int n = 0;
@@ -136,7 +144,8 @@ static void check_fds(struct kdbus_conn *from, struct kdbus_conn *to) {
 	kdbus_message_free(message);
 }
 
-static void check_requests(struct kdbus_conn *from, struct kdbus_conn *to) {
+static void check_requests(struct kdbus_conn *from, struct kdbus_conn *to)
+{
 	struct kdbus_message *message = message_to(to);
 	unsigned int n = 0;
 	int r;
@@ -154,7 +163,8 @@ static void check_requests(struct kdbus_conn *from, struct kdbus_conn *to) {
 	kdbus_message_free(message);
 }
 
-static void check_names(struct kdbus_conn *conn) {
+static void check_names(struct kdbus_conn *conn)
+{
 	unsigned int n = 0;
 	char name[64];
 	int r;
@@ -167,7 +177,8 @@ static void check_names(struct kdbus_conn *conn) {
 	check_limit("names", n, r, N_NAMES, E2BIG);
 }
 
-static void check_matches(struct kdbus_conn *conn) {
+static void check_matches(struct kdbus_conn *conn)
+{
 	struct kdbus_match *match;
 	unsigned int n = 0;
 	int r;
@@ -179,8 +190,10 @@ static void check_matches(struct kdbus_conn *conn) {
 	kdbus_match_free(match);
 }
 
-int main(int argc, char **argv) {
-	struct kdbus_conn_options options = { .flags = KDBUS_HELLO_ACCEPT_FD, .pool_size = POOL_SIZE };
+int main(int argc, char **argv)
+{
+	struct kdbus_conn_options options = { .flags = KDBUS_HELLO_ACCEPT_FD,
+					      .pool_size = POOL_SIZE };
 	struct rlimit files = { 4096, 4096 };
 	struct kdbus_conn *from, *to;
 	struct kdbus_bus *bus;
@@ -192,7 +205,9 @@ int main(int argc, char **argv) {
 		return 2;
 	uid = (unsigned int)atoi(argv[2]);
 	CHECK(setrlimit(RLIMIT_NOFILE, &files) >= 0, "%m");
-	CHECK(setgroups(0, NULL) >= 0 && setresgid(uid, uid, uid) >= 0 && setresuid(uid, uid, uid) >= 0, "%m");
+	CHECK(setgroups(0, NULL) >= 0 && setresgid(uid, uid, uid) >= 0 &&
+		      setresuid(uid, uid, uid) >= 0,
+	      "%m");
 
 	printf("{");
 	check_buses(argv[1], uid);

@@ -37,19 +37,20 @@
 #define EVERY_MEMFD 16
 #define EVERY_FD 32
 
-#define CHECK(condition, ...)                                                   \
-	do {                                                                    \
-		if (!(condition)) {                                             \
-			fprintf(stderr, "watchdog: %s: ", #condition);          \
-			fprintf(stderr, __VA_ARGS__);                           \
-			fprintf(stderr, "\n");                                  \
-			exit(1);                                                \
-		}                                                               \
+#define CHECK(condition, ...)                                          \
+	do {                                                           \
+		if (!(condition)) {                                    \
+			fprintf(stderr, "watchdog: %s: ", #condition); \
+			fprintf(stderr, __VA_ARGS__);                  \
+			fprintf(stderr, "\n");                         \
+			exit(1);                                       \
+		}                                                      \
 	} while (0)
 
 static uint64_t n_refused;
 
-static size_t data_fill(uint8_t *data, uint64_t n) {
+static size_t data_fill(uint8_t *data, uint64_t n)
+{
 	size_t size = 1 + n * 37 % (n % 64 ? 500 : DATA_MAX - 1);
 
 	for (size_t i = 0; i < size; i++)
@@ -57,7 +58,8 @@ static size_t data_fill(uint8_t *data, uint64_t n) {
 	return size;
 }
 
-static void data_check(struct kdbus_message *message, uint64_t n) {
+static void data_check(struct kdbus_message *message, uint64_t n)
+{
 	uint8_t expected[DATA_MAX], found[DATA_MAX];
 	size_t size = data_fill(expected, n), copied;
 	int r;
@@ -69,20 +71,23 @@ static void data_check(struct kdbus_message *message, uint64_t n) {
 }
 
 /* What a receiver that others write to as well, or a sender, may be told. */
-static bool is_refusal(int r) {
+static bool is_refusal(int r)
+{
 	return r == -ENOBUFS || r == -EXFULL || r == -EMFILE;
 }
 
 /* --- the receiver */
 
-static void check_number(int fd, uint64_t n) {
+static void check_number(int fd, uint64_t n)
+{
 	uint64_t number = 0;
 
 	CHECK(read(fd, &number, sizeof(number)) == sizeof(number), "message %" PRIu64 ": %m", n);
 	CHECK(number == n, "%" PRIu64 " instead of %" PRIu64, number, n);
 }
 
-static void answer(struct kdbus_conn *conn, struct kdbus_message *request) {
+static void answer(struct kdbus_conn *conn, struct kdbus_message *request)
+{
 	struct kdbus_message *reply;
 	uint8_t data[DATA_MAX];
 	size_t size = data_fill(data, kdbus_message_get_cookie(request) & ~CALL);
@@ -97,7 +102,8 @@ static void answer(struct kdbus_conn *conn, struct kdbus_message *request) {
 	kdbus_message_free(reply);
 }
 
-static void check_message(struct kdbus_message *message, uint64_t n) {
+static void check_message(struct kdbus_message *message, uint64_t n)
+{
 	int fd;
 
 	data_check(message, n);
@@ -108,7 +114,8 @@ static void check_message(struct kdbus_message *message, uint64_t n) {
 	}
 }
 
-static void receive(struct kdbus_conn *conn, uint64_t sender) {
+static void receive(struct kdbus_conn *conn, uint64_t sender)
+{
 	struct kdbus_message *message;
 	uint64_t cookie, next = 1;
 	int r;
@@ -126,10 +133,12 @@ static void receive(struct kdbus_conn *conn, uint64_t sender) {
 			if (cookie & CALL) {
 				answer(conn, message);
 			} else if (cookie & END) {
-				CHECK(cookie == (END | next), "message %" PRIu64 " is the last", next - 1);
+				CHECK(cookie == (END | next), "message %" PRIu64 " is the last",
+				      next - 1);
 				exit(0);
 			} else {
-				CHECK(cookie == next, "%" PRIu64 " instead of %" PRIu64, cookie, next);
+				CHECK(cookie == next, "%" PRIu64 " instead of %" PRIu64, cookie,
+				      next);
 				check_message(message, cookie);
 				++next;
 			}
@@ -140,7 +149,8 @@ static void receive(struct kdbus_conn *conn, uint64_t sender) {
 
 /* --- the sender */
 
-static void empty_queue(struct kdbus_conn *conn) {
+static void empty_queue(struct kdbus_conn *conn)
+{
 	int r;
 
 	do {
@@ -150,7 +160,8 @@ static void empty_queue(struct kdbus_conn *conn) {
 }
 
 /* Whether it was accepted. */
-static bool send_number(struct kdbus_conn *conn, uint64_t receiver, uint64_t n, uint64_t cookie) {
+static bool send_number(struct kdbus_conn *conn, uint64_t receiver, uint64_t n, uint64_t cookie)
+{
 	struct kdbus_message *message;
 	int r, memfd = -1, ends[2] = { -1, -1 };
 	uint8_t data[DATA_MAX];
@@ -183,7 +194,8 @@ static bool send_number(struct kdbus_conn *conn, uint64_t receiver, uint64_t n, 
 }
 
 /* Whether it was answered. */
-static bool call_number(struct kdbus_conn *conn, uint64_t receiver, uint64_t n) {
+static bool call_number(struct kdbus_conn *conn, uint64_t receiver, uint64_t n)
+{
 	struct kdbus_message *message, *reply;
 	uint8_t data[DATA_MAX];
 	size_t size = data_fill(data, n);
@@ -205,14 +217,16 @@ static bool call_number(struct kdbus_conn *conn, uint64_t receiver, uint64_t n) 
 	return true;
 }
 
-static bool is_over(void) {
+static bool is_over(void)
+{
 	struct pollfd standard = { .fd = STDIN_FILENO, .events = POLLIN };
 
 	/* The pace: others are to have their turn. */
 	return poll(&standard, 1, 1) != 0;
 }
 
-static struct kdbus_conn *connect_to(const char *path) {
+static struct kdbus_conn *connect_to(const char *path)
+{
 	struct kdbus_conn_options options = { .flags = KDBUS_HELLO_ACCEPT_FD };
 	struct kdbus_conn *conn;
 	int r;
@@ -222,7 +236,8 @@ static struct kdbus_conn *connect_to(const char *path) {
 	return conn;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
 	struct kdbus_bus_options options = { .flags = KDBUS_MAKE_ACCESS_WORLD };
 	uint64_t n_sent = 0, n_calls = 0, n_answered = 0;
 	struct kdbus_conn *conn, *other;
@@ -249,7 +264,8 @@ int main(int argc, char **argv) {
 		receive(other, ids[0]);
 	}
 	close(link[1]);
-	CHECK(read(link[0], &ids[1], sizeof(ids[1])) == sizeof(ids[1]), "the receiver does not start");
+	CHECK(read(link[0], &ids[1], sizeof(ids[1])) == sizeof(ids[1]),
+	      "the receiver does not start");
 
 	printf("%s\n", kdbus_bus_get_path(bus));
 	fflush(stdout);
@@ -264,7 +280,8 @@ int main(int argc, char **argv) {
 	CHECK(waitpid(child, &status, 0) == child, "%m");
 	CHECK(status == 0, "the receiver ended with %#x", status);
 
-	printf("{\"sent\": %" PRIu64 ", \"calls\": %" PRIu64 ", \"answered\": %" PRIu64 ", \"refused\": %" PRIu64 "}\n",
+	printf("{\"sent\": %" PRIu64 ", \"calls\": %" PRIu64 ", \"answered\": %" PRIu64
+	       ", \"refused\": %" PRIu64 "}\n",
 	       n_sent, n_calls, n_answered, n_refused);
 	kdbus_conn_free(conn);
 	kdbus_bus_free(bus);

@@ -143,8 +143,8 @@ static void test_hello(void)
 static void test_unicast(void)
 {
 	_cleanup_(kdbus_conn_freep) struct kdbus_conn *a = connect_with(0);
-	_cleanup_(kdbus_conn_freep) struct kdbus_conn *b =
-		connect_with(KDBUS_ATTACH_CREDS | KDBUS_ATTACH_PIDS | KDBUS_ATTACH_TIMESTAMP);
+	_cleanup_(kdbus_conn_freep) struct kdbus_conn *b = connect_with(
+		KDBUS_ATTACH_CREDS | KDBUS_ATTACH_PIDS | KDBUS_ATTACH_TIMESTAMP);
 	_cleanup_(kdbus_message_freep) struct kdbus_message *out = NULL, *in = NULL;
 	const struct iovec *iov;
 	size_t n;
@@ -172,12 +172,12 @@ static void test_unicast(void)
 		assert(iov[0].iov_len == 6 && !memcmp(iov[0].iov_base, "foobar", 6));
 		assert(iov[1].iov_len == 3 && !memcmp(iov[1].iov_base, "\0\0\0", 3));
 		assert(iov[2].iov_len == 3 && !memcmp(iov[2].iov_base, "baz", 3));
-		assert(kdbus_item_get_pids(
-			       kdbus_message_get_item(in, KDBUS_ITEM_PIDS))->pid == (__u64)getpid());
-		assert(kdbus_item_get_creds(
-			       kdbus_message_get_item(in, KDBUS_ITEM_CREDS))->euid == geteuid());
-		assert(kdbus_item_get_timestamp(
-			       kdbus_message_get_item(in, KDBUS_ITEM_TIMESTAMP))->monotonic_ns > 0);
+		assert(kdbus_item_get_pids(kdbus_message_get_item(in, KDBUS_ITEM_PIDS))->pid ==
+		       (__u64)getpid());
+		assert(kdbus_item_get_creds(kdbus_message_get_item(in, KDBUS_ITEM_CREDS))->euid ==
+		       geteuid());
+		assert(kdbus_item_get_timestamp(kdbus_message_get_item(in, KDBUS_ITEM_TIMESTAMP))
+			       ->monotonic_ns > 0);
 		assert(!kdbus_message_get_item(in, KDBUS_ITEM_EXE));
 		in = kdbus_message_free(in);
 	}
@@ -192,7 +192,8 @@ static void test_unicast(void)
 static void test_slices_are_freed(void)
 {
 	_cleanup_(kdbus_conn_freep) struct kdbus_conn *a = connect_with(0), *b = connect_with(0);
-	_cleanup_(kdbus_message_freep) struct kdbus_message *out = message_to(kdbus_conn_get_id(b), NULL);
+	_cleanup_(kdbus_message_freep) struct kdbus_message *out = message_to(kdbus_conn_get_id(b),
+									      NULL);
 	static uint8_t data[100000];
 	struct kdbus_message *in;
 
@@ -510,7 +511,8 @@ static void test_info(void)
 	info = kdbus_info_list_next(list, NULL);
 	string = kdbus_item_get_string(kdbus_info_get_item(info, KDBUS_ITEM_MAKE_NAME));
 	assert(strstr(kdbus_bus_get_path(bus), string));
-	assert(kdbus_item_get_creds(kdbus_info_get_item(info, KDBUS_ITEM_CREDS))->euid == geteuid());
+	assert(kdbus_item_get_creds(kdbus_info_get_item(info, KDBUS_ITEM_CREDS))->euid ==
+	       geteuid());
 	list = kdbus_info_list_free(list);
 }
 
@@ -607,7 +609,8 @@ static void test_kinds(void)
 	_cleanup_(kdbus_policy_freep) struct kdbus_policy *policy = NULL;
 	struct kdbus_conn_options options = { .pool_size = 1 << 20 };
 	_cleanup_(kdbus_conn_freep) struct kdbus_conn *monitor = NULL, *activator = NULL,
-		*holder = NULL, *again = NULL, *a = connect_with(0);
+						      *holder = NULL, *again = NULL,
+						      *a = connect_with(0);
 	struct kdbus_message *out, *in = NULL;
 
 	options.flags = KDBUS_HELLO_MONITOR;
@@ -639,7 +642,8 @@ static void test_kinds(void)
 
 	assert(kdbus_policy_new(&policy) == 0);
 	assert(kdbus_policy_add_name(policy, "com.example.*") == 0);
-	assert(kdbus_policy_add_access(policy, KDBUS_POLICY_ACCESS_WORLD, 0, KDBUS_POLICY_TALK) == 0);
+	assert(kdbus_policy_add_access(policy, KDBUS_POLICY_ACCESS_WORLD, 0, KDBUS_POLICY_TALK) ==
+	       0);
 	options.flags = KDBUS_HELLO_POLICY_HOLDER;
 	options.name = NULL;
 	options.policy = policy;
@@ -857,7 +861,11 @@ static void test_fork(void)
 	bus = NULL;
 }
 
-enum { N_SENDERS = 3, N_RECEIVERS = 3, N_MESSAGES = 100 };
+enum {
+	N_SENDERS = 3,
+	N_RECEIVERS = 3,
+	N_MESSAGES = 100
+};
 
 struct crowd {
 	struct kdbus_conn *conn;

@@ -54,8 +54,8 @@ static struct kdbus_conn *conn_new_fake(int *daemon_fdp)
 	pthread_mutex_init(&conn->slice_lock, NULL);
 	pthread_rwlock_init(&conn->queue_lock, NULL);
 	conn->pool_size = POOL_SIZE;
-	conn->pool = mmap(NULL, POOL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
-			  -1, 0);
+	conn->pool = mmap(NULL, POOL_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
+			  0);
 	assert(conn->pool != MAP_FAILED);
 
 	if (daemon_fdp) {
@@ -80,7 +80,8 @@ static void send_packet_lost(int fd, uint64_t offset, const int *fds, size_t n_f
 		struct cmsghdr header;
 		char bytes[CMSG_SPACE(16 * sizeof(int))];
 	} control = {};
-	struct iovec iov = { .iov_base = &data, .iov_len = lost ? sizeof(data) : sizeof(data.packet) };
+	struct iovec iov = { .iov_base = &data,
+			     .iov_len = lost ? sizeof(data) : sizeof(data.packet) };
 	struct msghdr msg = {
 		.msg_iov = &iov,
 		.msg_iovlen = 1,
@@ -105,12 +106,16 @@ static void send_packet(int fd, uint64_t offset, const int *fds, size_t n_fds)
 }
 
 /* a received message at @offset: "foo", two zeros, a memfd, two descriptors */
-static struct kdbus_msg_info put_message(struct kdbus_conn *conn, uint64_t offset,
-					 const int fds[2], int memfd)
+static struct kdbus_msg_info put_message(struct kdbus_conn *conn, uint64_t offset, const int fds[2],
+					 int memfd)
 {
 	struct kdbus_msg head = {
-		.src_id = 7, .dst_id = 8, .payload_type = KDBUS_PAYLOAD_DBUS,
-		.cookie = 9, .cookie_reply = 10, .priority = -11,
+		.src_id = 7,
+		.dst_id = 8,
+		.payload_type = KDBUS_PAYLOAD_DBUS,
+		.cookie = 9,
+		.cookie_reply = 10,
+		.priority = -11,
 	};
 	struct kdbus_vec data = { .size = 3 }, zeros = { .size = 2, .offset = ~0ULL };
 	struct kdbus_memfd piece = { .start = 4097, .size = 5, .fd = memfd };
@@ -289,7 +294,8 @@ static void test_build(void)
 	assert(msg->flags == (KDBUS_MSG_EXPECT_REPLY | KDBUS_MSG_SIGNAL));
 	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), NULL);
 	assert(item->type == KDBUS_ITEM_BLOOM_FILTER && item->size == 16 + 8 + 8);
-	assert(item->bloom_filter.generation == 1 && !memcmp(item->bloom_filter.data, "12345678", 8));
+	assert(item->bloom_filter.generation == 1 &&
+	       !memcmp(item->bloom_filter.data, "12345678", 8));
 	assert(kdbus_message_get_n_parts(message) == 0);
 	assert(!kdbus_message_next_item(message, NULL));
 }
@@ -645,8 +651,9 @@ static void test_receive_no_descriptors(void)
 	msg->items[0].type = KDBUS_ITEM_FDS;
 	msg->items[0].size = 16;
 	msg->size = sizeof(*msg) + 16;
-	assert(kdbus_message_new_from_slice(&message, conn, &(struct kdbus_msg_info){
-		.msg_size = sizeof(*msg) + 16 }) == 0);
+	assert(kdbus_message_new_from_slice(&message, conn,
+					    &(struct kdbus_msg_info){ .msg_size = sizeof(*msg) +
+										  16 }) == 0);
 	assert(kdbus_message_get_n_fds(message) == 0);
 }
 

@@ -52,14 +52,14 @@ typedef struct Party Party;
 #define BATCH 16
 #define PATIENCE_S 60.0
 
-#define CHECK(condition, ...)                                                   \
-	do {                                                                    \
-		if (!(condition)) {                                             \
-			fprintf(stderr, "load: %s: ", #condition);              \
-			fprintf(stderr, __VA_ARGS__);                           \
-			fprintf(stderr, "\n");                                  \
-			exit(1);                                                \
-		}                                                               \
+#define CHECK(condition, ...)                                      \
+	do {                                                       \
+		if (!(condition)) {                                \
+			fprintf(stderr, "load: %s: ", #condition); \
+			fprintf(stderr, __VA_ARGS__);              \
+			fprintf(stderr, "\n");                     \
+			exit(1);                                   \
+		}                                                  \
 	} while (0)
 
 /* What all processes share. Each number has one writer, but for the totals. */
@@ -71,7 +71,7 @@ struct Board {
 	unsigned int n_ready;
 	bool go;
 	uint64_t ids[N_MAX];
-	uint32_t sent[N_MAX][N_MAX];		/* from, to */
+	uint32_t sent[N_MAX][N_MAX]; /* from, to */
 	uint32_t received[N_MAX][N_MAX];
 };
 
@@ -86,53 +86,60 @@ struct Head {
 struct Member {
 	struct kdbus_conn *conn;
 	unsigned int number;
-	unsigned int first, n;		/* those it sends to */
+	unsigned int first, n; /* those it sends to */
 };
 
 /* A process and its connections. */
 struct Party {
 	Member members[N_MAX];
 	unsigned int n_members;
-	uint64_t n_left;		/* messages to send */
+	uint64_t n_left; /* messages to send */
 	uint64_t random;
 	bool forever;
 };
 
 static Board *board;
 
-static double now(void) {
+static double now(void)
+{
 	struct timespec ts;
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return (double)ts.tv_sec + (double)ts.tv_nsec / 1e9;
 }
 
-static void pause_ms(int ms) {
+static void pause_ms(int ms)
+{
 	poll(NULL, 0, ms);
 }
 
-static uint64_t below(Party *party, uint64_t n) {
+static uint64_t below(Party *party, uint64_t n)
+{
 	party->random ^= party->random << 13;
 	party->random ^= party->random >> 7;
 	party->random ^= party->random << 17;
 	return party->random % n;
 }
 
-static uint64_t count(uint64_t *total, uint64_t n) {
+static uint64_t count(uint64_t *total, uint64_t n)
+{
 	return __atomic_add_fetch(total, n, __ATOMIC_RELAXED);
 }
 
-static uint64_t read_total(const uint64_t *total) {
+static uint64_t read_total(const uint64_t *total)
+{
 	return __atomic_load_n(total, __ATOMIC_RELAXED);
 }
 
-static void allow_files(void) {
+static void allow_files(void)
+{
 	struct rlimit files = { 8192, 8192 };
 
 	CHECK(setrlimit(RLIMIT_NOFILE, &files) >= 0, "%m");
 }
 
-static struct kdbus_bus *make_bus(const char *mount, const char *name) {
+static struct kdbus_bus *make_bus(const char *mount, const char *name)
+{
 	struct kdbus_bus_options options = { .flags = KDBUS_MAKE_ACCESS_WORLD,
 					     .bloom = { BLOOM_SIZE, 1 } };
 	struct kdbus_bus *bus;
@@ -143,7 +150,8 @@ static struct kdbus_bus *make_bus(const char *mount, const char *name) {
 	return bus;
 }
 
-static struct kdbus_conn *connect_to(const char *path, uint64_t pool_size) {
+static struct kdbus_conn *connect_to(const char *path, uint64_t pool_size)
+{
 	struct kdbus_conn_options options = { .pool_size = pool_size };
 	struct kdbus_conn *conn;
 	int r;
@@ -155,7 +163,8 @@ static struct kdbus_conn *connect_to(const char *path, uint64_t pool_size) {
 
 /* --- a message */
 
-static uint32_t message_fill(Head *head, uint32_t from, uint32_t to, uint32_t number) {
+static uint32_t message_fill(Head *head, uint32_t from, uint32_t to, uint32_t number)
+{
 	uint32_t size = number % 64 ? 16 + (number * 131 + from) % 1000 : DATA_MAX;
 	uint8_t *data = (uint8_t *)head;
 
@@ -165,7 +174,8 @@ static uint32_t message_fill(Head *head, uint32_t from, uint32_t to, uint32_t nu
 	return size;
 }
 
-static void message_check(const Head *head, size_t size, uint32_t to) {
+static void message_check(const Head *head, size_t size, uint32_t to)
+{
 	static uint8_t expected[DATA_MAX] __attribute__((__aligned__(8)));
 	uint32_t *received;
 
@@ -173,14 +183,17 @@ static void message_check(const Head *head, size_t size, uint32_t to) {
 	CHECK(head->to == to, "message to %u at %u", head->to, to);
 	CHECK(head->from < N_MAX, "message from %u", head->from);
 	received = &board->received[head->from][to];
-	CHECK(head->number == *received + 1, "from %u to %u: %u after %u", head->from, to, head->number, *received);
+	CHECK(head->number == *received + 1, "from %u to %u: %u after %u", head->from, to,
+	      head->number, *received);
 	message_fill((Head *)expected, head->from, to, head->number);
-	CHECK(!memcmp(head, expected, size), "from %u to %u: %u is damaged", head->from, to, head->number);
+	CHECK(!memcmp(head, expected, size), "from %u to %u: %u is damaged", head->from, to,
+	      head->number);
 	++*received;
 }
 
 /* Whether it was accepted. */
-static bool member_send(Member *member, unsigned int to) {
+static bool member_send(Member *member, unsigned int to)
+{
 	static uint8_t data[DATA_MAX] __attribute__((__aligned__(8)));
 	uint32_t *sent = &board->sent[member->number][to];
 	struct kdbus_message *message;
@@ -193,7 +206,8 @@ static bool member_send(Member *member, unsigned int to) {
 	kdbus_message_append_data(message, data, size);
 	r = kdbus_conn_send(member->conn, message);
 	kdbus_message_free(message);
-	CHECK(!r || r == -ENOBUFS || r == -EXFULL, "from %u to %u: %s", member->number, to, strerror(-r));
+	CHECK(!r || r == -ENOBUFS || r == -EXFULL, "from %u to %u: %s", member->number, to,
+	      strerror(-r));
 	if (r < 0) {
 		count(&board->n_refused, 1);
 		return false;
@@ -204,7 +218,8 @@ static bool member_send(Member *member, unsigned int to) {
 }
 
 /* Whether there was one. */
-static bool member_recv(Member *member) {
+static bool member_recv(Member *member)
+{
 	struct kdbus_message *message;
 	const void *data;
 	size_t size;
@@ -223,7 +238,9 @@ static bool member_recv(Member *member) {
 
 /* --- a party */
 
-static void party_join(Party *party, const char *path, unsigned int number, unsigned int first, unsigned int n) {
+static void party_join(Party *party, const char *path, unsigned int number, unsigned int first,
+		       unsigned int n)
+{
 	struct kdbus_conn *conn = connect_to(path, POOL_SIZE);
 
 	party->members[party->n_members++] = (Member){ conn, number, first, n };
@@ -231,7 +248,8 @@ static void party_join(Party *party, const char *path, unsigned int number, unsi
 }
 
 /* Returns how many of at most BATCH messages were accepted. */
-static unsigned int party_send(Party *party) {
+static unsigned int party_send(Party *party)
+{
 	unsigned int n = 0, to;
 	Member *member;
 
@@ -247,7 +265,8 @@ static unsigned int party_send(Party *party) {
 }
 
 /* Sends what is to be sent, and receives until all that anybody sent has been. */
-static void party_run(Party *party, uint64_t total) {
+static void party_run(Party *party, uint64_t total)
+{
 	struct epoll_event events[64], event = { .events = EPOLLIN };
 	uint64_t n_received, n_seen = 0;
 	double deadline = now() + PATIENCE_S;
@@ -258,7 +277,9 @@ static void party_run(Party *party, uint64_t total) {
 	CHECK(epoll >= 0, "%m");
 	for (unsigned int i = 0; i < party->n_members; i++) {
 		event.data.u32 = i;
-		CHECK(!epoll_ctl(epoll, EPOLL_CTL_ADD, kdbus_conn_get_fd(party->members[i].conn), &event), "%m");
+		CHECK(!epoll_ctl(epoll, EPOLL_CTL_ADD, kdbus_conn_get_fd(party->members[i].conn),
+				 &event),
+		      "%m");
 	}
 
 	__atomic_add_fetch(&board->n_ready, 1, __ATOMIC_SEQ_CST);
@@ -272,24 +293,29 @@ static void party_run(Party *party, uint64_t total) {
 		CHECK(n >= 0, "%m");
 		n_received = 0;
 		for (int i = 0; i < n; i++)
-			for (unsigned int j = 0; j < BATCH && member_recv(&party->members[events[i].data.u32]); j++)
+			for (unsigned int j = 0;
+			     j < BATCH && member_recv(&party->members[events[i].data.u32]); j++)
 				++n_received;
 		n_received = count(&board->n_received, n_received);
 		if (n_received > n_seen) {
 			n_seen = n_received;
 			deadline = now() + PATIENCE_S;
 		}
-		CHECK(now() < deadline, "%" PRIu64 " of %" PRIu64 " received, then no more", n_seen, total);
+		CHECK(now() < deadline, "%" PRIu64 " of %" PRIu64 " received, then no more", n_seen,
+		      total);
 	}
 	close(epoll);
 }
 
-static void party_leave(Party *party) {
+static void party_leave(Party *party)
+{
 	for (unsigned int i = 0; i < party->n_members; i++)
-		CHECK(!kdbus_conn_byebye(party->members[i].conn), "%u has more messages", party->members[i].number);
+		CHECK(!kdbus_conn_byebye(party->members[i].conn), "%u has more messages",
+		      party->members[i].number);
 }
 
-static Party *party_new(unsigned int number, uint64_t n_left) {
+static Party *party_new(unsigned int number, uint64_t n_left)
+{
 	Party *party = calloc(1, sizeof(*party));
 
 	CHECK(party, "no memory");
@@ -300,7 +326,8 @@ static Party *party_new(unsigned int number, uint64_t n_left) {
 
 /* --- the children */
 
-static pid_t child_new(void) {
+static pid_t child_new(void)
+{
 	pid_t child = fork();
 
 	CHECK(child >= 0, "%m");
@@ -309,7 +336,8 @@ static pid_t child_new(void) {
 	return child;
 }
 
-static void wait_until_ready(unsigned int n) {
+static void wait_until_ready(unsigned int n)
+{
 	double deadline = now() + PATIENCE_S;
 
 	while (__atomic_load_n(&board->n_ready, __ATOMIC_SEQ_CST) < n) {
@@ -319,11 +347,13 @@ static void wait_until_ready(unsigned int n) {
 	}
 }
 
-static void go(void) {
+static void go(void)
+{
 	__atomic_store_n(&board->go, true, __ATOMIC_SEQ_CST);
 }
 
-static void wait_for_children(unsigned int n) {
+static void wait_for_children(unsigned int n)
+{
 	int status;
 
 	while (n--) {
@@ -332,27 +362,32 @@ static void wait_for_children(unsigned int n) {
 	}
 }
 
-static void check_board(uint64_t total) {
+static void check_board(uint64_t total)
+{
 	uint64_t n = 0;
 
 	for (unsigned int i = 0; i < N_MAX; i++)
 		for (unsigned int j = 0; j < N_MAX; j++) {
-			CHECK(board->sent[i][j] == board->received[i][j], "from %u to %u: %u sent, %u received", i, j,
-			      board->sent[i][j], board->received[i][j]);
+			CHECK(board->sent[i][j] == board->received[i][j],
+			      "from %u to %u: %u sent, %u received", i, j, board->sent[i][j],
+			      board->received[i][j]);
 			n += board->sent[i][j];
 		}
 	CHECK(n == total, "%" PRIu64 " messages, not %" PRIu64, n, total);
 }
 
-static void say(unsigned int n_connections, double seconds) {
-	printf("{\"connections\": %u, \"messages\": %" PRIu64 ", \"refused\": %" PRIu64 ", \"bytes\": %" PRIu64
-	       ", \"seconds\": %.2f}\n",
+static void say(unsigned int n_connections, double seconds)
+{
+	printf("{\"connections\": %u, \"messages\": %" PRIu64 ", \"refused\": %" PRIu64
+	       ", \"bytes\": %" PRIu64 ", \"seconds\": %.2f}\n",
 	       n_connections, board->n_received, board->n_refused, board->n_bytes, seconds);
 }
 
 /* --- what can be done */
 
-static void crowd_child(const char *path, unsigned int number, unsigned int n, uint64_t total, bool forever) {
+static void crowd_child(const char *path, unsigned int number, unsigned int n, uint64_t total,
+			bool forever)
+{
 	Party *party = party_new(number, total / N_PARTIES + (number < total % N_PARTIES));
 
 	party->forever = forever;
@@ -363,7 +398,8 @@ static void crowd_child(const char *path, unsigned int number, unsigned int n, u
 	exit(0);
 }
 
-static void run_crowd(const char *mount, unsigned int n, uint64_t total) {
+static void run_crowd(const char *mount, unsigned int n, uint64_t total)
+{
 	struct kdbus_bus *bus = make_bus(mount, "0-crowd");
 	double start;
 
@@ -380,7 +416,8 @@ static void run_crowd(const char *mount, unsigned int n, uint64_t total) {
 }
 
 /* As many as a user may have, and not one more. */
-static void check_bus_limit(const char *mount, unsigned int uid, unsigned int n) {
+static void check_bus_limit(const char *mount, unsigned int uid, unsigned int n)
+{
 	struct kdbus_bus *more[LIMIT_BUSES] = {}, *none;
 	char name[64];
 	int r;
@@ -396,19 +433,23 @@ static void check_bus_limit(const char *mount, unsigned int uid, unsigned int n)
 		kdbus_bus_free(more[i]);
 }
 
-static void buses_child(const char *mount, unsigned int number, uint64_t total) {
+static void buses_child(const char *mount, unsigned int number, uint64_t total)
+{
 	Party *party = party_new(number, total / N_USERS + (number < total % N_USERS));
 	unsigned int uid = FIRST_UID + number, first;
 	struct kdbus_bus *buses[N_USER_BUSES];
 	char name[64];
 
-	CHECK(setgroups(0, NULL) >= 0 && setresgid(uid, uid, uid) >= 0 && setresuid(uid, uid, uid) >= 0, "%m");
+	CHECK(setgroups(0, NULL) >= 0 && setresgid(uid, uid, uid) >= 0 &&
+		      setresuid(uid, uid, uid) >= 0,
+	      "%m");
 	for (unsigned int i = 0; i < N_USER_BUSES; i++) {
 		snprintf(name, sizeof(name), "%u-load-%u", uid, i);
 		buses[i] = make_bus(mount, name);
 		first = (number * N_USER_BUSES + i) * N_BUS_MEMBERS;
 		for (unsigned int j = 0; j < N_BUS_MEMBERS; j++)
-			party_join(party, kdbus_bus_get_path(buses[i]), first + j, first, N_BUS_MEMBERS);
+			party_join(party, kdbus_bus_get_path(buses[i]), first + j, first,
+				   N_BUS_MEMBERS);
 	}
 	check_bus_limit(mount, uid, N_USER_BUSES);
 	party_run(party, total);
@@ -418,7 +459,8 @@ static void buses_child(const char *mount, unsigned int number, uint64_t total) 
 	exit(0);
 }
 
-static void run_buses(const char *mount, uint64_t total) {
+static void run_buses(const char *mount, uint64_t total)
+{
 	double start;
 
 	for (unsigned int i = 0; i < N_USERS; i++)
@@ -432,7 +474,8 @@ static void run_buses(const char *mount, uint64_t total) {
 	say(N_USERS * N_USER_BUSES * N_BUS_MEMBERS, now() - start);
 }
 
-static void flood_child(const char *path, unsigned int number, uint64_t total) {
+static void flood_child(const char *path, unsigned int number, uint64_t total)
+{
 	uint64_t n_left = total / N_PARTIES + (number < total % N_PARTIES);
 	Party *party = party_new(number, number == N_PARTIES ? 0 : n_left);
 
@@ -443,7 +486,8 @@ static void flood_child(const char *path, unsigned int number, uint64_t total) {
 	exit(0);
 }
 
-static void run_flood(const char *mount, uint64_t total) {
+static void run_flood(const char *mount, uint64_t total)
+{
 	struct kdbus_bus *bus = make_bus(mount, "0-flood");
 	double start;
 
@@ -460,7 +504,8 @@ static void run_flood(const char *mount, uint64_t total) {
 	kdbus_bus_free(bus);
 }
 
-static void match_all(struct kdbus_conn *conn) {
+static void match_all(struct kdbus_conn *conn)
+{
 	struct kdbus_match *match;
 
 	CHECK(!kdbus_match_new(&match), "no memory");
@@ -469,7 +514,8 @@ static void match_all(struct kdbus_conn *conn) {
 	kdbus_match_free(match);
 }
 
-static void send_signals(struct kdbus_conn *conn, unsigned int n) {
+static void send_signals(struct kdbus_conn *conn, unsigned int n)
+{
 	uint64_t filter[BLOOM_SIZE / 8] = {};
 	struct kdbus_message *message;
 	int r;
@@ -487,7 +533,8 @@ static void send_signals(struct kdbus_conn *conn, unsigned int n) {
 
 /* Fills those that do not read, sends signals on top, lets a pair that does read talk meanwhile,
  * then looks what is in the queues. Half of the deaf never look. */
-static void run_deaf(const char *mount) {
+static void run_deaf(const char *mount)
+{
 	struct kdbus_bus *bus = make_bus(mount, "0-deaf");
 	unsigned int sender = N_DEAF, reader = N_DEAF + 1;
 	Party *party = party_new(0, 0);
@@ -495,7 +542,8 @@ static void run_deaf(const char *mount) {
 
 	/* Room enough, so that it is their number that ends it. */
 	for (unsigned int i = 0; i < N_DEAF + 2; i++) {
-		struct kdbus_conn *conn = connect_to(kdbus_bus_get_path(bus), i < N_DEAF ? 8 << 20 : POOL_SIZE);
+		struct kdbus_conn *conn = connect_to(kdbus_bus_get_path(bus),
+						     i < N_DEAF ? 8 << 20 : POOL_SIZE);
 
 		party->members[party->n_members++] = (Member){ conn, i, 0, 0 };
 		board->ids[i] = kdbus_conn_get_id(conn);
@@ -505,7 +553,8 @@ static void run_deaf(const char *mount) {
 	for (unsigned int i = 0; i < N_DEAF; i++) {
 		while (member_send(&party->members[sender], i))
 			++board->n_sent;
-		CHECK(board->sent[sender][i] == LIMIT_MESSAGES, "%u of %u", board->sent[sender][i], LIMIT_MESSAGES);
+		CHECK(board->sent[sender][i] == LIMIT_MESSAGES, "%u of %u", board->sent[sender][i],
+		      LIMIT_MESSAGES);
 	}
 	send_signals(party->members[sender].conn, N_DEAF_SIGNALS);
 	for (unsigned int i = 0; i < 4 * LIMIT_MESSAGES; i++) {
@@ -518,14 +567,17 @@ static void run_deaf(const char *mount) {
 
 		while (member_recv(member))
 			++board->n_received;
-		CHECK(board->received[sender][i] == LIMIT_MESSAGES, "%u received", board->received[sender][i]);
-		CHECK(kdbus_conn_take_lost(member->conn) == N_DEAF_SIGNALS, "signals are not counted");
+		CHECK(board->received[sender][i] == LIMIT_MESSAGES, "%u received",
+		      board->received[sender][i]);
+		CHECK(kdbus_conn_take_lost(member->conn) == N_DEAF_SIGNALS,
+		      "signals are not counted");
 	}
 	say(N_DEAF, now() - start);
 }
 
 /* Everybody dies at the same time, with messages and calls under way. */
-static void run_massacre(const char *mount, unsigned int n, uint64_t enough) {
+static void run_massacre(const char *mount, unsigned int n, uint64_t enough)
+{
 	struct kdbus_bus *bus = make_bus(mount, "0-massacre");
 	struct kdbus_conn *witness = connect_to(kdbus_bus_get_path(bus), 4 << 20);
 	struct kdbus_info_list *list;
@@ -580,12 +632,14 @@ static void run_massacre(const char *mount, unsigned int n, uint64_t enough) {
 	kdbus_bus_free(bus);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
 	uint64_t last;
 
 	if (argc < 3)
 		return 2;
-	board = mmap(NULL, sizeof(*board), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	board = mmap(NULL, sizeof(*board), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
+		     0);
 	CHECK(board != MAP_FAILED, "%m");
 	allow_files();
 	last = strtoull(argv[argc - 1], NULL, 0);

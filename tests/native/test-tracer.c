@@ -11,7 +11,7 @@
  */
 
 #ifndef _GNU_SOURCE
-#  define _GNU_SOURCE
+#define _GNU_SOURCE
 #endif
 #include <dirent.h>
 #include <errno.h>
@@ -108,13 +108,13 @@ static char state_of(pid_t pid)
 	return state ? state[2] : 0;
 }
 
-#define await(_condition)                                          \
-	do {                                                       \
-		uint64_t deadline_ = now_ns() + DEADLINE;          \
-		while (!(_condition)) {                            \
+#define await(_condition)                                           \
+	do {                                                        \
+		uint64_t deadline_ = now_ns() + DEADLINE;           \
+		while (!(_condition)) {                             \
 			check(now_ns() < deadline_ && #_condition); \
-			nap();                                     \
-		}                                                  \
+			nap();                                      \
+		}                                                   \
 	} while (0)
 
 static unsigned int count_entries(const char *path)
@@ -179,8 +179,8 @@ static long held_call(int input, void *stack)
 		     "or %%r14, %%r8\n"
 		     "mov %%r8, %%rbx\n"
 		     : "=a"(r), "=b"(lost), [sp] "+m"(sp)
-		     : "a"((long)SYS_vfork), [stack] "r"(stack), [read] "i"(SYS_read), [exit] "i"(SYS_exit), [input] "r"(input),
-		       [lost] "m"(client_shared->byte)
+		     : "a"((long)SYS_vfork), [stack] "r"(stack), [read] "i"(SYS_read),
+		       [exit] "i"(SYS_exit), [input] "r"(input), [lost] "m"(client_shared->byte)
 		     : "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r14", "cc", "memory");
 	if (lost)
 		_exit(98);
@@ -246,7 +246,8 @@ static void client_new(Client *client)
 	check(fcntl(pipe_fds[0], F_SETFL, 0) >= 0);
 	client->input = pipe_fds[0];
 	client->device = pipe_fds[1];
-	client->shared = mmap(NULL, sizeof(*client->shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	client->shared = mmap(NULL, sizeof(*client->shared), PROT_READ | PROT_WRITE,
+			      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	check(client->shared != MAP_FAILED);
 	client_shared = client->shared;
 }
@@ -281,18 +282,21 @@ static int client_end(Client *client)
 	return status;
 }
 
-static int32_t begin_for(Client *client, struct kdbusfs_install *install, int device, pid_t pid, const int32_t *fds,
-			 size_t n_fds, int32_t *numbers, uint64_t timeout_ns)
+static int32_t begin_for(Client *client, struct kdbusfs_install *install, int device, pid_t pid,
+			 const int32_t *fds, size_t n_fds, int32_t *numbers, uint64_t timeout_ns)
 {
-	return kdbusfs_install_begin(install, device, "", 1, pid, -1, (uintptr_t)client->shared->room,
-				     (const void *)client->shared->room, KDBUSFS_MAX_ROOM, fds, n_fds, numbers, timeout_ns);
+	return kdbusfs_install_begin(install, device, "", 1, pid, -1,
+				     (uintptr_t)client->shared->room,
+				     (const void *)client->shared->room, KDBUSFS_MAX_ROOM, fds,
+				     n_fds, numbers, timeout_ns);
 }
 
-static int32_t client_begin(Client *client, struct kdbusfs_install *install, const int32_t *fds, size_t n_fds)
+static int32_t client_begin(Client *client, struct kdbusfs_install *install, const int32_t *fds,
+			    size_t n_fds)
 {
 	memset((void *)client->shared->room, 0x5a, KDBUSFS_MAX_ROOM);
-	return begin_for(client, install, client->device, client->pid, fds, n_fds, (int32_t *)client->shared->numbers,
-			 DEADLINE);
+	return begin_for(client, install, client->device, client->pid, fds, n_fds,
+			 (int32_t *)client->shared->numbers, DEADLINE);
 }
 
 /* The room is as it was before. */
@@ -451,14 +455,15 @@ static int test_nofile_limit(void)
 	return 0;
 }
 
-#define DENY(_nr)                                            \
-	BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (_nr), 0, 1),    \
-	BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS)
+#define DENY(_nr)                                         \
+	BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (_nr), 0, 1), \
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS)
 
 /* Each call that is needed is one that the filter may deny. Then none is made, or the thread would be killed. */
 static int test_seccomp(void)
 {
-	static const int denied[] = { SYS_mkdirat, SYS_socket, SYS_recvmsg, SYS_recvfrom, SYS_sendto };
+	static const int denied[] = { SYS_mkdirat, SYS_socket, SYS_recvmsg, SYS_recvfrom,
+				      SYS_sendto };
 	int32_t fds[3];
 
 	make_fds(fds, 3);
@@ -512,8 +517,10 @@ static int test_stack(void)
 		client_new(&client);
 		client.pid = client_fork(&client);
 		if (!client.pid) {
-			char *map = mmap(NULL, 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-			char *stacks[] = { map + 4096, map + 4096 + 160, map + 8192, map + 8192 + 64, map + 12288, (char *)16 };
+			char *map = mmap(NULL, 3 * 4096, PROT_READ | PROT_WRITE,
+					 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+			char *stacks[] = { map + 4096,      map + 4096 + 160, map + 8192,
+					   map + 8192 + 64, map + 12288,      (char *)16 };
 
 			check(map != MAP_FAILED);
 			memset(map, 0xa5, 3 * 4096);
@@ -678,15 +685,18 @@ static int test_errors(void)
 
 	/* none of these writes the reply */
 	check(begin_for(&client, &install, client.device, 0, fds, 1, numbers, DEADLINE) == -ESRCH);
-	check(begin_for(&client, &install, client.device, getpid(), fds, 1, numbers, DEADLINE) == -EPERM);
-	check(begin_for(&client, &install, client.device, client.pid, numbers, 600, numbers, DEADLINE) == -EINVAL);
+	check(begin_for(&client, &install, client.device, getpid(), fds, 1, numbers, DEADLINE) ==
+	      -EPERM);
+	check(begin_for(&client, &install, client.device, client.pid, numbers, 600, numbers,
+			DEADLINE) == -EINVAL);
 	check(begin_for(&client, &install, -1, client.pid, fds, 1, numbers, DEADLINE) == -EBADF);
 	check(numbers[0] == -1);
 	check(!client_is_answered(&client));
 	check(state_of(client.pid) == 'D');
 
 	/* and it is not traced any more: this one does */
-	await(begin_for(&client, &install, client.device, client.pid, fds, 1, numbers, DEADLINE) == 0);
+	await(begin_for(&client, &install, client.device, client.pid, fds, 1, numbers, DEADLINE) ==
+	      0);
 	check(install.n_installed == 1);
 	kdbusfs_install_end(&install, NULL);
 	check(client_end(&client) == 0);
@@ -759,7 +769,8 @@ static int test_kill(void)
 		if (!daemon) {
 			client.shared->go_on = true;
 			r = client_begin(&client, &install, fds, 1 + i % 40);
-			check(r >= 0 || ((r == -ESRCH || r == -EPERM) && !client_is_answered(&client)));
+			check(r >= 0 ||
+			      ((r == -ESRCH || r == -EPERM) && !client_is_answered(&client)));
 			kdbusfs_install_end(&install, NULL);
 			await(count_entries("/proc/self/task") == 3);
 			_exit(0);
@@ -784,11 +795,13 @@ static int test_kill(void)
  */
 static uint8_t *make_code(void)
 {
-	uint8_t *code = mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	uint8_t *code = mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC,
+			     MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 
 	check(code != MAP_FAILED);
 	memcpy(code, "\x0f\x05\xc3", 3); /* syscall; ret */
-	memcpy(code + 64, "\xb8\x27\0\0\0\x0f\x05\xeb\xfe", 9); /* mov $SYS_getpid, %eax; syscall; jmp . */
+	memcpy(code + 64, "\xb8\x27\0\0\0\x0f\x05\xeb\xfe",
+	       9); /* mov $SYS_getpid, %eax; syscall; jmp . */
 	return code;
 }
 
@@ -810,8 +823,8 @@ static long held_call_by(const uint8_t *code, int input)
 		     "syscall\n"
 		     "1:\n"
 		     : "=a"(r)
-		     : "a"((long)SYS_vfork), [code] "r"(code), [read] "i"(SYS_read), [exit] "i"(SYS_exit),
-		       [input] "r"(input), [lost] "m"(client_shared->byte)
+		     : "a"((long)SYS_vfork), [code] "r"(code), [read] "i"(SYS_read),
+		       [exit] "i"(SYS_exit), [input] "r"(input), [lost] "m"(client_shared->byte)
 		     : "rcx", "rdx", "rsi", "rdi", "r11", "cc", "memory");
 	return r;
 }
@@ -824,9 +837,10 @@ static int test_code(void)
 		int state;  /* in which it then is */
 		int signal; /* that ends it, if it ends */
 	} patches[] = {
-		{ "\xeb\x3e", 'R', 0 },	     /* jmp to 64: another call, and then a loop */
-		{ "\xeb\xfe", 'Z', 0 },	     /* jmp .: no call ever; it gets its registers back, and goes on */
-		{ "\xcd\x80", 'Z', 0 },	     /* int $0x80: the same number, which is another call */
+		{ "\xeb\x3e", 'R', 0 }, /* jmp to 64: another call, and then a loop */
+		{ "\xeb\xfe", 'Z',
+		  0 }, /* jmp .: no call ever; it gets its registers back, and goes on */
+		{ "\xcd\x80", 'Z', 0 },      /* int $0x80: the same number, which is another call */
 		{ "\x0f\x0b", 'Z', SIGILL }, /* ud2: a fault */
 	};
 	int32_t fds[2];
@@ -858,7 +872,9 @@ static int test_code(void)
 			check(kill(client.pid, SIGKILL) >= 0);
 		status = client_end(&client);
 		if (patches[i].state == 'Z')
-			check(patches[i].signal ? WIFSIGNALED(status) && WTERMSIG(status) == patches[i].signal : status == 0);
+			check(patches[i].signal
+				      ? WIFSIGNALED(status) && WTERMSIG(status) == patches[i].signal
+				      : status == 0);
 		munmap(code, 4096);
 	}
 	return 0;
@@ -883,7 +899,8 @@ static int test_memory(void)
 
 	make_fds(fds, 2);
 	client_new(&client);
-	client_shared->address = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	client_shared->address = mmap(NULL, 4096, PROT_READ | PROT_WRITE,
+				      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	client.pid = client_fork(&client);
 	if (!client.pid) {
 		struct uffdio_api api = { .api = UFFD_API };
@@ -893,7 +910,8 @@ static int test_memory(void)
 		};
 		int fd = syscall(SYS_userfaultfd, O_CLOEXEC);
 
-		if (fd < 0 || ioctl(fd, UFFDIO_API, &api) < 0 || ioctl(fd, UFFDIO_REGISTER, &range) < 0)
+		if (fd < 0 || ioctl(fd, UFFDIO_API, &api) < 0 ||
+		    ioctl(fd, UFFDIO_REGISTER, &range) < 0)
 			_exit(SKIP);
 		check(held_call(client.input, NULL) > 0);
 		_exit(0);
@@ -904,7 +922,8 @@ static int test_memory(void)
 		return SKIP;
 	}
 	start = now_ns();
-	check(kdbusfs_install_begin(&install, client.device, "", 1, client.pid, -1, (uintptr_t)client_shared->address,
+	check(kdbusfs_install_begin(&install, client.device, "", 1, client.pid, -1,
+				    (uintptr_t)client_shared->address,
 				    (const void *)client.shared->room, KDBUSFS_MAX_ROOM, fds, 2,
 				    (int32_t *)client.shared->numbers, DEADLINE) == 0);
 	check(!install.n_installed);

@@ -27,7 +27,7 @@
  */
 struct kdbusfs_cmd_fd_socket {
 	__u64 size;
-	__u64 flags;			/* none are known */
+	__u64 flags; /* none are known */
 	__u64 return_flags;
 	__s32 fd;
 	__u32 __pad;
@@ -46,8 +46,8 @@ struct kdbusfs_cmd_fd_socket {
  * data: bit n of lost stands for the nth descriptor, which is not among those of the packet.
  */
 struct kdbusfs_fd_packet {
-	__u64 offset;			/* of the slice that they belong to */
-	__u64 n_fds;			/* all of them, lost or not */
+	__u64 offset; /* of the slice that they belong to */
+	__u64 n_fds;  /* all of them, lost or not */
 } __attribute__((__aligned__(8)));
 
 struct kdbusfs_fd_packet_lost {
@@ -58,12 +58,11 @@ struct kdbusfs_fd_packet_lost {
 #define KDBUSFS_FD_PACKET_LOST (1ULL << 63)
 
 __extension__ enum kdbusfs_ioctl_type {
-	KDBUSFS_CMD_FD_SOCKET		= _IOW(KDBUS_IOCTL_MAGIC, 0xf0,
-					       struct kdbusfs_cmd_fd_socket),
+	KDBUSFS_CMD_FD_SOCKET = _IOW(KDBUS_IOCTL_MAGIC, 0xf0, struct kdbusfs_cmd_fd_socket),
 	/* as KDBUS_CMD_RECV, but descriptors arrive on the socket */
-	KDBUSFS_CMD_RECV		= _IOWR(KDBUS_IOCTL_MAGIC, 0xf1, struct kdbus_cmd_recv),
+	KDBUSFS_CMD_RECV = _IOWR(KDBUS_IOCTL_MAGIC, 0xf1, struct kdbus_cmd_recv),
 	/* as KDBUS_CMD_SEND, but those of a synchronous reply arrive on the socket */
-	KDBUSFS_CMD_SEND		= _IOWR(KDBUS_IOCTL_MAGIC, 0xf2, struct kdbus_cmd_send)
+	KDBUSFS_CMD_SEND = _IOWR(KDBUS_IOCTL_MAGIC, 0xf2, struct kdbus_cmd_send)
 };
 
 #endif /* _KDBUS_EXTENSION_H */

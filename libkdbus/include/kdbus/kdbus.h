@@ -57,9 +57,9 @@ struct kdbus_message;
 struct kdbus_policy;
 
 /* a deadline that never comes */
-#define KDBUS_DEADLINE_NEVER	UINT64_MAX
+#define KDBUS_DEADLINE_NEVER UINT64_MAX
 /* the pool of a connection that did not ask for a size: 16 MiB */
-#define KDBUS_POOL_SIZE_DEFAULT	(16ULL << 20)
+#define KDBUS_POOL_SIZE_DEFAULT (16ULL << 20)
 
 /**
  * struct kdbus_bus_options - how to make a bus; all zero is fine
@@ -206,8 +206,7 @@ int kdbus_message_get_part_type(const struct kdbus_message *message, size_t part
 uint64_t kdbus_message_get_part_size(const struct kdbus_message *message, size_t part);
 int kdbus_message_get_part(struct kdbus_message *message, size_t part, const void **datap,
 			   size_t *sizep);
-int kdbus_message_get_iov(struct kdbus_message *message, const struct iovec **iovp,
-			  size_t *n_iovp);
+int kdbus_message_get_iov(struct kdbus_message *message, const struct iovec **iovp, size_t *n_iovp);
 int kdbus_message_copy(struct kdbus_message *message, uint64_t offset, void *buffer, size_t size,
 		       size_t *copiedp);
 int kdbus_message_get_memfd(const struct kdbus_message *message, size_t part, int *fdp,
@@ -219,8 +218,7 @@ int kdbus_message_take_fd(struct kdbus_message *message, size_t index, int *fdp)
 bool kdbus_message_is_incomplete(const struct kdbus_message *message);
 const char *kdbus_message_get_dst_name(const struct kdbus_message *message);
 const struct kdbus_item *kdbus_message_get_notification(const struct kdbus_message *message);
-const struct kdbus_item *kdbus_message_get_item(const struct kdbus_message *message,
-						uint64_t type);
+const struct kdbus_item *kdbus_message_get_item(const struct kdbus_message *message, uint64_t type);
 const struct kdbus_item *kdbus_message_next_item(const struct kdbus_message *message,
 						 const struct kdbus_item *item);
 
@@ -247,8 +245,8 @@ int kdbus_conn_release_name(struct kdbus_conn *conn, const char *name);
 /* info.c: what the bus knows */
 
 int kdbus_conn_list(struct kdbus_conn *conn, uint64_t flags, struct kdbus_info_list **listp);
-int kdbus_conn_info(struct kdbus_conn *conn, uint64_t id, const char *name,
-		    uint64_t attach_flags, struct kdbus_info_list **listp);
+int kdbus_conn_info(struct kdbus_conn *conn, uint64_t id, const char *name, uint64_t attach_flags,
+		    struct kdbus_info_list **listp);
 int kdbus_conn_creator_info(struct kdbus_conn *conn, uint64_t attach_flags,
 			    struct kdbus_info_list **listp);
 struct kdbus_info_list *kdbus_info_list_free(struct kdbus_info_list *list);
@@ -275,8 +273,8 @@ int kdbus_conn_remove_matches(struct kdbus_conn *conn, uint64_t cookie);
 
 /* bloom.c: one way to fill bloom filters and masks */
 
-void kdbus_bloom_add(const struct kdbus_bloom_parameter *parameter, void *bits,
-		     const void *element, size_t size);
+void kdbus_bloom_add(const struct kdbus_bloom_parameter *parameter, void *bits, const void *element,
+		     size_t size);
 
 /* policy.c: who may see, talk to and own names */
 
@@ -298,10 +296,10 @@ uint64_t kdbus_deadline(uint64_t timeout_ns);
 
 /* for __attribute__((__cleanup__())) */
 
-#define _KDBUS_DEFINE_FREEP(_type)                                      \
-	static inline void _type##_freep(struct _type **objectp)        \
-	{                                                               \
-		*objectp = _type##_free(*objectp);                      \
+#define _KDBUS_DEFINE_FREEP(_type)                               \
+	static inline void _type##_freep(struct _type **objectp) \
+	{                                                        \
+		*objectp = _type##_free(*objectp);               \
 	}
 _KDBUS_DEFINE_FREEP(kdbus_bus)
 _KDBUS_DEFINE_FREEP(kdbus_conn)

@@ -73,7 +73,8 @@ static void *make_call(void *argument)
 	call->error = ioctl(bus, KDBUS_CMD_SEND, &cmd) < 0 ? errno : 0;
 	call->cookie_reply = 0;
 	if (!call->error) {
-		struct kdbus_cmd_free cmd_free = { .size = sizeof(cmd_free), .offset = cmd.reply.offset };
+		struct kdbus_cmd_free cmd_free = { .size = sizeof(cmd_free),
+						   .offset = cmd.reply.offset };
 		const struct kdbus_msg *reply = (const void *)(pool + cmd.reply.offset);
 
 		call->cookie_reply = reply->cookie_reply;

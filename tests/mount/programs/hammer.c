@@ -101,7 +101,8 @@ int main(int argc, char **argv)
 	pool = mmap(NULL, 1 << 20, PROT_READ, MAP_SHARED, fd, 0);
 	if (pool == MAP_FAILED)
 		return 1;
-	payload = mmap(NULL, PAYLOAD_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	payload = mmap(NULL, PAYLOAD_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+		       0);
 	if (payload == MAP_FAILED)
 		return 1;
 	memcpy(payload, "12345678", 8);

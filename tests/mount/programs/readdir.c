@@ -15,6 +15,8 @@ int main(int argc, char **argv)
 		return 1;
 	while ((entry = readdir(directory)))
 		printf("%s %llu %s\n", entry->d_name, (unsigned long long)entry->d_ino,
-		       entry->d_type == DT_DIR ? "dir" : entry->d_type == DT_REG ? "reg" : "?");
+		       entry->d_type == DT_DIR   ? "dir"
+		       : entry->d_type == DT_REG ? "reg"
+						 : "?");
 	return closedir(directory) < 0;
 }

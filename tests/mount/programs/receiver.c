@@ -110,10 +110,11 @@ static void *receive(void *unused)
 /* Only what `receive` needs itself, and the first calls if @strict is 0; anything else kills the process. */
 static int lock_up(int strict)
 {
-	static const int allowed[] = { SYS_socket, SYS_recvfrom, SYS_recvmsg, SYS_sendto, SYS_ioctl, SYS_pread64, SYS_close, SYS_fcntl, SYS_write,
-				       SYS_exit_group, SYS_ppoll,
+	static const int allowed[] = {
+		SYS_socket, SYS_recvfrom, SYS_recvmsg, SYS_sendto,     SYS_ioctl, SYS_pread64,
+		SYS_close,  SYS_fcntl,    SYS_write,   SYS_exit_group, SYS_ppoll,
 #ifdef SYS_poll
-				       SYS_poll,
+		SYS_poll,
 #endif
 	};
 	struct sock_filter filter[2 * sizeof(allowed) / sizeof(*allowed) + 2];
@@ -123,7 +124,8 @@ static int lock_up(int strict)
 	filter[n++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS,
 						   offsetof(struct seccomp_data, nr));
 	for (unsigned int i = strict ? 4 : 0; i < sizeof(allowed) / sizeof(*allowed); i++) {
-		filter[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, allowed[i], 0, 1);
+		filter[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, allowed[i], 0,
+							   1);
 		filter[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
 	}
 	filter[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS);
@@ -141,9 +143,9 @@ static void say(const char *text)
 
 int main(int argc, char **argv)
 {
-	struct kdbus_cmd_hello hello = {
-		.size = sizeof(hello), .flags = KDBUS_HELLO_ACCEPT_FD, .pool_size = POOL_SIZE
-	};
+	struct kdbus_cmd_hello hello = { .size = sizeof(hello),
+					 .flags = KDBUS_HELLO_ACCEPT_FD,
+					 .pool_size = POOL_SIZE };
 	pthread_t threads[MAX_THREADS];
 	int n_threads, before;
 	char line[128];

@@ -113,7 +113,9 @@ static void ask(int fd)
 {
 	struct kdbus_cmd_list list = { .size = sizeof(list), .flags = KDBUS_LIST_UNIQUE };
 	struct kdbus_cmd_info info = { .size = sizeof(info), .id = self, .attach_flags = 0x3fff };
-	struct kdbus_cmd_match match = { .size = sizeof(match), .cookie = 1, .flags = KDBUS_MATCH_REPLACE };
+	struct kdbus_cmd_match match = { .size = sizeof(match),
+					 .cookie = 1,
+					 .flags = KDBUS_MATCH_REPLACE };
 	struct kdbus_cmd_free cmd_free = { .size = sizeof(cmd_free) };
 
 	if (ioctl(fd, KDBUS_CMD_LIST, &list) == 0) {
@@ -173,7 +175,8 @@ int main(int argc, char **argv)
 				receive(fd, pool);
 				break;
 			case 5:
-				name(fd, rand() % 2 ? KDBUS_CMD_NAME_ACQUIRE : KDBUS_CMD_NAME_RELEASE);
+				name(fd,
+				     rand() % 2 ? KDBUS_CMD_NAME_ACQUIRE : KDBUS_CMD_NAME_RELEASE);
 				break;
 			case 6:
 				ask(fd);

@@ -82,9 +82,13 @@ static int send_descriptor(int bus, uint64_t to)
 		uint64_t size, type;
 		int fd, pad;
 	} message = {
-		.msg = { .size = sizeof(struct kdbus_msg) + 20, .dst_id = to, .cookie = 1,
+		.msg = { .size = sizeof(struct kdbus_msg) + 20,
+			 .dst_id = to,
+			 .cookie = 1,
 			 .payload_type = KDBUS_PAYLOAD_DBUS },
-		.size = 20, .type = KDBUS_ITEM_FDS, .fd = 0,
+		.size = 20,
+		.type = KDBUS_ITEM_FDS,
+		.fd = 0,
 	};
 	struct kdbus_cmd_send cmd = { .size = sizeof(cmd), .msg_address = (uintptr_t)&message };
 
@@ -102,7 +106,8 @@ static void receive(int bus)
 	armed = 1;
 	__asm__ volatile("call *%[code]"
 			 : "=a"(r)
-			 : "0"((long)SYS_ioctl), "D"((long)bus), "S"((long)KDBUS_CMD_RECV), "d"(&cmd), [code] "r"(code)
+			 : "0"((long)SYS_ioctl), "D"((long)bus), "S"((long)KDBUS_CMD_RECV),
+			   "d"(&cmd), [code] "r"(code)
 			 : "rcx", "r11", "memory");
 	armed = 0;
 	*(volatile uint16_t *)code = 0x050f;
@@ -114,9 +119,9 @@ static void receive(int bus)
 
 int main(int argc, char **argv)
 {
-	struct kdbus_cmd_hello hello = {
-		.size = sizeof(hello), .flags = KDBUS_HELLO_ACCEPT_FD, .pool_size = 1 << 20
-	};
+	struct kdbus_cmd_hello hello = { .size = sizeof(hello),
+					 .flags = KDBUS_HELLO_ACCEPT_FD,
+					 .pool_size = 1 << 20 };
 	char *arguments[] = { argv[argc - 1], NULL };
 	uint64_t second = (uintptr_t)arguments;
 	struct timespec start, now;
@@ -129,7 +134,8 @@ int main(int argc, char **argv)
 	bus = open(argv[1], O_RDWR | O_CLOEXEC);
 	if (bus < 0 || ioctl(bus, KDBUS_CMD_HELLO, &hello) < 0)
 		return 1;
-	code = mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	code = mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+		    0);
 	if (code == MAP_FAILED)
 		return 1;
 	memcpy((void *)code, "\x0f\x05\xc3", 3);
