@@ -23,7 +23,10 @@ COMPILED = [
     "kdbusfs/bus/quota.py",
     "kdbusfs/bus/reply.py",
     "kdbusfs/bus/shares.py",
-    "kdbusfs/fuse/handles.py",
+    "kdbusfs/fuse/calls.py",
+    "kdbusfs/fuse/device.py",
+    "kdbusfs/fuse/fds.py",
+    "kdbusfs/fuse/files.py",
     "kdbusfs/fuse/ioctl.py",
     "kdbusfs/peer/process.py",
 ]

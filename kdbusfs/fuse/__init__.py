@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All that knows the FUSE protocol: wire structs, router, handle requests, tree, pool backing.
+"""All that knows the FUSE protocol: wire structs, router, files, calls, tree, pool backing.
 
-Handle requests (OPEN, RELEASE, IOCTL, POLL, INTERRUPT, READ, WRITE) are answered in the router's
-thread, to the end; this thread alone changes the state of buses. Tree requests are relayed to an
-unmodified pyfuse3, which only reads the tree of nodes.
+Requests on open files are answered in the router's thread, but for what `calls` says; whoever
+changes the state of buses holds the turn (`peer.stall.TURN`). What is rare in the tree of nodes is
+relayed to an unmodified pyfuse3.
 """

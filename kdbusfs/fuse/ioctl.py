@@ -18,7 +18,7 @@ from ..bus.call import Call
 from ..peer.process import Process
 
 if TYPE_CHECKING:
-    from .handles import OpenFile
+    from .files import OpenFile
 
 
 class Ioctl(Call):

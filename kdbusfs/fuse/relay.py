@@ -15,7 +15,6 @@ router's own send from waiting.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import struct
@@ -25,10 +24,10 @@ from collections.abc import Callable
 
 from ..abi.items import Buffer
 from . import wire
+from .device import Device
 from .fair import FairQueue
-from .trace import Trace
 from .tree import Tree
-from .wire import IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Opcode
+from .wire import IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Ids, Opcode
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +51,6 @@ _DIRENT = struct.Struct("=QQII")
 _ENTRY_OUT_SIZE = 128
 _OPCODES = frozenset(int(o) for o in Opcode)
 
-Ids = tuple[int, int, int]
-"""uid, gid and thread id of a caller."""
-
 
 def tree_pair() -> tuple[socket.socket, socket.socket]:
     """Our end and pyfuse3's."""
@@ -70,16 +66,14 @@ class Relay:
 
     def __init__(
         self,
-        device: int,
+        device: Device,
         tree: Tree,
         tree_socket: socket.socket,
-        trace: Trace | None,
         on_initialised: Callable[[], None],
     ) -> None:
         self._device = device
         self._tree = tree
         self._socket = tree_socket
-        self._trace = trace
         self._on_initialised = on_initialised
         self.kernel_flags2 = 0
         """Of INIT, what the kernel can do."""
@@ -100,7 +94,7 @@ class Relay:
                 request, IN_HEADER_SIZE
             )
             self.kernel_flags2 = flags2 if flags & wire.FLAG_INIT_EXT else 0
-            struct.pack_into("=I", request, IN_HEADER_SIZE + 4, _SHOWN_MINOR)
+            struct.pack_into("=I", request, IN_HEADER_SIZE + wire.INIT_IN_MINOR, _SHOWN_MINOR)
         with self._lock:
             if len(self._outstanding) < MAX_OUTSTANDING:
                 self._send(opcode, unique, nodeid, ids, request)
@@ -146,18 +140,12 @@ class Relay:
             data = view[:size]
             if not error:
                 data = self._mend(opcode, data)
-            self._write(data)
+            self._device.write(data)
             if opcode == Opcode.INIT:
                 self._on_initialised()
-            if self._trace is not None:
+            if self._device.trace is not None:
                 name = Opcode(opcode).name if opcode in _OPCODES else str(opcode)
-                self._trace.line(name, ids, -error, target)
-
-    def _write(self, data: Buffer) -> None:
-        try:
-            os.write(self._device, data)
-        except OSError as error:
-            log.debug("reply not taken: %s", error)
+                self._device.trace.line(name, ids, -error, target)
 
     def _mend(self, opcode: int, reply: memoryview) -> memoryview:
         if opcode == Opcode.INIT:

@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from struct import Struct
+from typing import NamedTuple
 
 from pyfuse3 import FUSEError
 
@@ -35,14 +36,25 @@ from ..peer.process import renew_scratch
 from ..peer.stall import TURN, Crew, fail
 from . import wire
 from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
+from .calls import Calls
+from .device import Device
 from .fair import FairQueue
-from .handles import Handles
+from .files import OpenFiles
 from .invalidator import Invalidator
 from .relay import Relay
 from .trace import Trace
 from .tree import Tree
 from .watches import Watches
-from .wire import IN_HEADER, IN_HEADER_SIZE, OUT_HEADER, OUT_HEADER_SIZE, Opcode
+from .wire import (
+    IN_HEADER,
+    IN_HEADER_OPCODE,
+    IN_HEADER_SIZE,
+    IN_HEADER_UID,
+    OUT_HEADER,
+    OUT_HEADER_SIZE,
+    Ids,
+    Opcode,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +71,6 @@ _unpack_header = IN_HEADER.unpack_from
 _unpack_u32 = U32.unpack_from
 _IOCTL = int(Opcode.IOCTL)
 _POLL = int(Opcode.POLL)
-_READ = int(Opcode.READ)
-_UID_AT = 24
-"""Offset of uid in struct fuse_in_header."""
 _LOOK_NS = 50_000_000
 """How often a caller that can't be let go is looked at, in case it is killed."""
 _INTERRUPT = int(Opcode.INTERRUPT)
@@ -69,6 +78,14 @@ _LOOKUP = int(Opcode.LOOKUP)
 _GETATTR = int(Opcode.GETATTR)
 _QUEUED = frozenset({_IOCTL, _POLL, _LOOKUP, _GETATTR, int(Opcode.OPEN)})
 """What a thread waits for and the router answers."""
+
+
+class Row(NamedTuple):
+    """Who answers requests of one opcode, and how many bytes each has behind its header at least.
+    It may have to answer later, but never waits."""
+
+    handler: Callable[[int, int, int, Ids, memoryview], None]
+    size: int = 0
 
 
 class Router:
@@ -89,28 +106,23 @@ class Router:
         spin_us: int,
         trace: Trace | None,
     ) -> None:
-        self._device = device
+        self._device = Device(device, trace)
         self._domain = domain
         self._tree = tree
         tree.on_change = self._drop_attributes
         self._invalidator = Invalidator(device, tree.nodeid)
         domain.root.on_unlink = self._invalidator.drop
-        self.relay = Relay(device, tree, tree_socket, trace, self._initialise)
+        self.relay = Relay(self._device, tree, tree_socket, self._initialise)
         self.pool = pool
         self._spin_ns = spin_us * 1000
         self._trace = trace
         self._leftovers = Leftovers()
         self._watches = Watches()
-        self._handles = Handles(
-            device,
-            domain,
-            tree,
-            self._new_backing,
-            self._watches.watch,
-            trace,
-            self._put_back,
-            self._watches.wake,
-        )
+        watch, wake = self._watches.watch, self._watches.wake
+        self._files = OpenFiles(self._device, domain, tree, self._new_backing, watch)
+        self._calls = Calls(self._device, domain, self._files, watch, self._put_back, wake)
+        self._interrupts = self._calls.interrupts
+        self._rows = self._table()
         self._crew = Crew(self._run, self._note_stall, self._watches.wake)
         self._quiet_until = 0
         self._backlog: deque[bytes] = deque()
@@ -124,8 +136,8 @@ class Router:
         """Requests that have been read and wait for their turn."""
         self._queued: set[int] = set()
         """Their uniques."""
-        self._interrupts: dict[int, bytes] = {}
-        """Interrupts of such, by the unique they are for."""
+        self._queued_interrupts: set[int] = set()
+        """Those of them that have been interrupted already."""
         self.has_pools = True
         """Whether the kernel can do the kind of pool that is wanted."""
 
@@ -148,7 +160,7 @@ class Router:
             log.warning("a caller's memory does not fault in: another thread takes over")
         renew_scratch()
         self._watches.keep_waking()
-        return self._handles.note_stall()
+        return self._calls.note_stall()
 
     def _put_back(self, request: bytes) -> None:
         """In a thread that stalled: leave a request to the successor."""
@@ -168,10 +180,10 @@ class Router:
 
     def _loop(self) -> None:
         """Holding the turn: handle requests until the mount is gone, or somebody took over."""
-        domain, watches, handles, crew = self._domain, self._watches, self._handles, self._crew
-        me, completed = crew.current, self._handles.completed
+        domain, watches, calls, crew = self._domain, self._watches, self._calls, self._crew
+        me, completed, interrupts = crew.current, calls.completed, self._interrupts.pending
         buffer = bytearray(_BUFFER_SIZE)
-        device, spin = self._device, self._spin_ns
+        device, fd, spin = self._device, self._device.fd, self._spin_ns
         pointer, size = ffi.from_buffer(buffer), len(buffer)
         view = memoryview(buffer)
         next_request, monotonic = lib.kdbusfs_next, time.monotonic_ns
@@ -184,7 +196,7 @@ class Router:
             if (self._backlog or self._kept) and (request := self._next_kept()) is not None:
                 self._again(request)
                 continue
-            timeout = _LOOK_NS if handles.has_interrupted else -1
+            timeout = _LOOK_NS if interrupts else -1
             if queue or domain.work or self._hurries:
                 self._hurries, timeout = False, 0
             if domain.watches_deadlines:
@@ -196,9 +208,9 @@ class Router:
                         self._look_around()
                         continue
                     timeout = left if timeout < 0 else min(left, timeout)
-            reply, handles.reply = handles.reply, b""
+            reply, device.pending = device.pending, b""
             release()
-            n = next_request(device, reply, len(reply), watches.fd, pointer, size, timeout, spin)
+            n = next_request(fd, reply, len(reply), watches.fd, pointer, size, timeout, spin)
             acquire()
             if n > 0:
                 if queue or n != _unpack_u32(buffer)[0]:
@@ -225,47 +237,48 @@ class Router:
             size, opcode, unique = _unpack_head(requests)
             request, requests = requests[:size], requests[size:]
             if opcode in _QUEUED and size <= _MOST_QUEUED:
-                self._queue.push(_unpack_u32(request, _UID_AT)[0], bytes(request))
+                self._queue.push(_unpack_u32(request, IN_HEADER_UID)[0], bytes(request))
                 self._queued.add(unique)
             elif opcode == _INTERRUPT and wire.interrupted(request) in self._queued:
                 # It is for later, when the request it is for begins.
-                self._interrupts[wire.interrupted(request)] = bytes(request)
+                self._queued_interrupts.add(wire.interrupted(request))
             else:
                 self._dispatch(request, size)
-                self._write_reply()
+                self._device.write_pending()
 
     def _serve(self) -> None:
         """Handle the request whose turn it is."""
-        self._write_reply()
+        self._device.write_pending()
         uid, request = self._queue.pop()
         unique = _unpack_head(request)[2]
         self._queued.discard(unique)
-        if self._interrupts and self._interrupts.pop(unique, None) is not None:
-            self._handles.expect_interrupted(unique)
+        if unique in self._queued_interrupts:
+            self._queued_interrupts.remove(unique)
+            self._interrupts.expect(unique)
         begun = time.monotonic_ns()
         self._dispatch(memoryview(request), len(request))
         self._queue.charge(uid, time.monotonic_ns() - begun)
 
     def _finish(self) -> None:
         """Answer a call whose wait is over."""
-        self._write_reply()
+        self._device.write_pending()
         try:
-            self._handles.finish()
+            self._calls.finish()
         except Exception:
             log.exception("ERROR: a call was not finished")
 
     def _again(self, request: bytes) -> None:
         """Start a request anew."""
-        self._write_reply()
+        self._device.write_pending()
         try:
-            self._handles.again(memoryview(request))
+            self._calls.again(memoryview(request))
         except Exception:
             log.exception("ERROR: a request was not started anew")
-            self._handles.give_up(_unpack_head(request)[2])
+            self._calls.give_up(_unpack_head(request)[2])
 
     def _work(self) -> None:
         """Do a piece of what takes long."""
-        self._write_reply()
+        self._device.write_pending()
         try:
             self._domain.step()
         except Exception:
@@ -273,7 +286,7 @@ class Router:
 
     def _look_around(self) -> None:
         """No request is there: see to what else there is to do."""
-        for look in (self._watches.dispatch, self._domain.expire, self._handles.look_for_killed):
+        for look in (self._watches.dispatch, self._domain.expire, self._interrupts.look_for_killed):
             try:
                 look()
             except Exception:
@@ -296,70 +309,73 @@ class Router:
             del self._kept[uid]
         return request
 
-    def _write_reply(self) -> None:
-        reply, self._handles.reply = self._handles.reply, b""
-        if reply:
-            self._write(reply)
-
     def _close(self) -> None:
         self._crew.close()
-        self._handles.close()
+        self._calls.close()
         self._leftovers.close()
         self._invalidator.close()
 
     def _dispatch(self, request: memoryview, size: int) -> None:
         try:
-            if _unpack_u32(request, 4)[0] == _IOCTL:
+            if _unpack_u32(request, IN_HEADER_OPCODE)[0] == _IOCTL:
                 if self._crew.users and self._has_to_wait(request, size):
                     return
-                self._handles.ioctl(request)
+                self._calls.ioctl(request)
                 return
             _, opcode, unique, nodeid, uid, gid, tid, _, _ = _unpack_header(request)
             ids = (uid, gid, tid)
             if opcode == _POLL:
-                self._handles.poll(unique, ids, request)
+                self._files.poll(unique, ids, request)
             else:
                 self._dispatch_rare(opcode, unique, nodeid, ids, request[:size])
         except Exception:
             # A broken invariant is ours alone: the caller gets EIO, the others go on.
             _, opcode, unique, *_ = _unpack_header(request)
             log.exception("ERROR: request %d failed", opcode)
-            self._handles.give_up(unique)
+            self._calls.give_up(unique)
 
     def _has_to_wait(self, request: memoryview, size: int) -> bool:
         """Whether a command is kept for later, since too many of the same user's stall."""
-        uid = _unpack_u32(request, _UID_AT)[0]
+        uid = _unpack_u32(request, IN_HEADER_UID)[0]
         if uid not in self._kept and not self._crew.users.has_its_share(uid):
             return False
         self._kept.setdefault(uid, deque()).append(bytes(request[:size]))
-        self._handles.hold(request)
+        self._calls.hold(request)
         return True
 
     def _dispatch_rare(
-        self, opcode: int, unique: int, nodeid: int, ids: tuple[int, int, int], request: memoryview
+        self, opcode: int, unique: int, nodeid: int, ids: Ids, request: memoryview
     ) -> None:
-        handles = self._handles
-        if opcode in (_LOOKUP, _GETATTR):
-            self._describe(opcode, unique, nodeid, ids, request)
-        elif opcode == Opcode.OPEN:
-            handles.open(unique, nodeid, ids, request)
-        elif opcode == Opcode.RELEASE:
-            handles.release(unique, ids, request)
-        elif opcode == Opcode.INTERRUPT:
-            handles.interrupt(request)
-        elif opcode == Opcode.FORGET:
-            self._tree.forget_one(nodeid, request)
-        elif opcode == Opcode.BATCH_FORGET:
-            self._tree.forget_many(request)
-        elif opcode == _READ:
-            handles.read(unique, ids, request)
-        elif opcode in _REFUSED:
-            handles.refuse(unique, ids, Opcode(opcode).name)
-        else:
+        row = self._rows.get(opcode)
+        if row is None:
             self.relay.take(opcode, unique, nodeid, ids, request)
+            return
+        if len(request) < IN_HEADER_SIZE + row.size:
+            raise ValueError(f"request of {len(request)} bytes")
+        row.handler(opcode, unique, nodeid, ids, request)
+
+    def _table(self) -> dict[int, Row]:
+        """Who answers what, but for IOCTL and POLL, which come often; all else is pyfuse3's."""
+        files, tree = self._files, self._tree
+        return {
+            Opcode.LOOKUP: Row(self._describe, 1),
+            Opcode.GETATTR: Row(self._describe),
+            Opcode.OPEN: Row(files.open, wire.OPEN_IN.size),
+            Opcode.RELEASE: Row(files.release, wire.RELEASE_IN.size),
+            Opcode.READ: Row(files.read, wire.READ_IN.size),
+            Opcode.INTERRUPT: Row(self._interrupts.take, wire.INTERRUPT_IN.size),
+            Opcode.FORGET: Row(tree.forget_one, wire.FORGET_IN.size),
+            Opcode.BATCH_FORGET: Row(tree.forget_many, wire.BATCH_FORGET_IN.size),
+            Opcode.WRITE: Row(files.refuse),
+            Opcode.FALLOCATE: Row(files.refuse),
+            Opcode.COPY_FILE_RANGE: Row(files.refuse),
+            Opcode.LSEEK: Row(files.refuse),
+            Opcode.FSYNC: Row(files.refuse),
+            Opcode.FLUSH: Row(files.refuse),
+        }
 
     def _describe(
-        self, opcode: int, unique: int, nodeid: int, ids: tuple[int, int, int], request: memoryview
+        self, opcode: int, unique: int, nodeid: int, ids: Ids, request: memoryview
     ) -> None:
         """LOOKUP or GETATTR."""
         name, body, error = b"", b"", 0
@@ -372,7 +388,7 @@ class Router:
         except FUSEError as failure:
             error = failure.errno
         # It goes with the next wait, in the same call of C.
-        self._handles.reply = OUT_HEADER.pack(OUT_HEADER_SIZE + len(body), -error, unique) + body
+        self._device.pending = OUT_HEADER.pack(OUT_HEADER_SIZE + len(body), -error, unique) + body
         if self._trace is not None:
             target = f"nodeid={nodeid} {name.decode(errors='replace')}".rstrip()
             self._trace.line(Opcode(opcode).name, ids, error, target)
@@ -381,13 +397,7 @@ class Router:
         """In the tree's thread: have the kernel ask anew what *nodeid* is like."""
         code = wire.NOTIFY_CODE_INVAL_INODE
         size = wire.NOTIFY_INVAL_INODE.size
-        self._write(wire.NOTIFY_INVAL_INODE.pack(size, code, 0, nodeid, -1, 0))
-
-    def _write(self, data: Buffer) -> None:
-        try:
-            os.write(self._device, data)
-        except OSError as error:
-            log.debug("reply not taken: %s", error)
+        self._device.write(wire.NOTIFY_INVAL_INODE.pack(size, code, 0, nodeid, -1, 0))
 
     # --- pools
 
@@ -397,7 +407,7 @@ class Router:
         self._on_initialised()
 
     def _set_up_pools(self) -> None:
-        passes_through = self.pool != "cache" and can_pass_through(self._device)
+        passes_through = self.pool != "cache" and can_pass_through(self._device.fd)
         if self.pool == "auto":
             self.pool = "passthrough" if passes_through else "cache"
         self.has_pools = self.pool == "cache" or passes_through
@@ -406,7 +416,7 @@ class Router:
 
     def _new_backing(self, nodeid: int, uid: int) -> Backing:
         if self.pool == "passthrough":
-            return PassthroughBacking(self._device, uid, self._leftovers)
+            return PassthroughBacking(self._device.fd, uid, self._leftovers)
         direct_io = bool(self.relay.kernel_flags2 & wire.FLAG2_DIRECT_IO_ALLOW_MMAP)
         return CacheBacking(
             lambda offset, data: self._push(nodeid, offset, data),
@@ -426,21 +436,9 @@ class Router:
             size, wire.NOTIFY_CODE_STORE, 0, nodeid, offset, len(data), 0
         )
         push = lib.kdbusfs_push_held if self._crew.is_overtaken() else lib.kdbusfs_push
-        error = push(self._device, header, len(header), ffi.from_buffer(data), len(data))
+        error = push(self._device.fd, header, len(header), ffi.from_buffer(data), len(data))
         if error == -errno.ESTALE:
             fail(error)
         if error:
             # ENOENT: the inode is gone, nobody maps it any more.
             log.debug("slice not pushed: %s", os.strerror(-error))
-
-
-_REFUSED = frozenset(
-    {
-        Opcode.WRITE,
-        Opcode.FALLOCATE,
-        Opcode.COPY_FILE_RANGE,
-        Opcode.LSEEK,
-        Opcode.FSYNC,
-        Opcode.FLUSH,
-    }
-)

@@ -25,6 +25,7 @@ import pyfuse3
 from ..abi.items import Buffer
 from ..bus.node import Node
 from . import wire
+from .wire import Ids
 
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, InodeT, ReaddirToken, RequestContext, SetattrFields
@@ -115,13 +116,15 @@ class Tree(pyfuse3.Operations):
         if inode is not None:
             inode.size = size
 
-    def forget_one(self, nodeid: int, request: Buffer) -> None:
+    def forget_one(self, opcode: int, unique: int, nodeid: int, ids: Ids, request: Buffer) -> None:
         """FORGET: the kernel has dropped an inode."""
         (n_lookups,) = wire.FORGET_IN.unpack_from(request, wire.IN_HEADER_SIZE)
         with self._lock:
             self._forget(nodeid, n_lookups)
 
-    def forget_many(self, request: memoryview) -> None:
+    def forget_many(
+        self, opcode: int, unique: int, nodeid: int, ids: Ids, request: memoryview
+    ) -> None:
         """BATCH_FORGET."""
         at = wire.IN_HEADER_SIZE + wire.BATCH_FORGET_IN.size
         with self._lock:

@@ -4,6 +4,7 @@
 from enum import IntEnum
 from fcntl import ioctl
 from struct import Struct
+from typing import Final
 
 from ..abi.items import Buffer
 from ..abi.structs import I32
@@ -12,11 +13,14 @@ IN_HEADER = Struct("=IIQQIIIHH")
 """struct fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding."""
 OUT_HEADER = Struct("=IiQ")
 """struct fuse_out_header: len, error (negative errno, or a notification's code), unique."""
-IN_HEADER_SIZE = IN_HEADER.size
-OUT_HEADER_SIZE = OUT_HEADER.size
+IN_HEADER_SIZE: Final = 40
+IN_HEADER_OPCODE: Final = 4
+IN_HEADER_UID: Final = 24
+OUT_HEADER_SIZE: Final = 16
 
 INIT_IN = Struct("=IIIII")
 """struct fuse_init_in: major, minor, max_readahead, flags, flags2."""
+INIT_IN_MINOR: Final = 4
 INIT_OUT = Struct("=IIIIHHIIHHIIH22x")
 """struct fuse_init_out: major, minor, max_readahead, flags, max_background, congestion_threshold,
 max_write, time_gran, max_pages, map_alignment, flags2, max_stack_depth, request_timeout."""
@@ -90,6 +94,10 @@ FLAG2_PASSTHROUGH = 1 << (37 - 32)
 _BACKING_MAP = Struct("=iIQ")
 _DEV_IOC_BACKING_OPEN = 0x4010E501
 _DEV_IOC_BACKING_CLOSE = 0x4004E502
+
+
+Ids = tuple[int, int, int]
+"""uid, gid and thread id of a caller."""
 
 
 class Opcode(IntEnum):

@@ -17,7 +17,7 @@ from kdbusfs.bus.quota import User
 from kdbusfs.fuse import router as router_module
 from kdbusfs.fuse import wire
 from kdbusfs.fuse.relay import tree_pair
-from kdbusfs.fuse.router import Router
+from kdbusfs.fuse.router import Router, Row
 from kdbusfs.fuse.tree import Tree
 from kdbusfs.fuse.wire import Opcode
 from kdbusfs.peer.namespaces import OWN_USER
@@ -125,7 +125,7 @@ def test_names_are_looked_up_in_turn_without_pyfuse3(bench: Bench) -> None:
     bench.take_in(lookup(2, 1, b"control"), lookup(4, 1, b"none"), lookup(6, 2, b"control"))
     assert not bench.answered()
     bench.serve_all()
-    bench.router._write_reply()
+    bench.router._device.write_pending()
     replies = [bench.kernel.recv(4096) for _ in range(3)]
     heads = [wire.OUT_HEADER.unpack_from(reply) for reply in replies]
     assert [(error, unique) for _, error, unique in heads] == [(0, 2), (0, 6), (-errno.ENOENT, 4)]
@@ -150,22 +150,21 @@ def test_an_interrupt_of_what_is_queued_is_told_when_its_turn_comes(
     """Before it is handled: it may stall, and its caller be killed."""
     expected: list[tuple[int, list[int]]] = []
     seen: list[tuple[int, list[int]]] = []
-    handles = type(bench.router._handles)
 
     def expect(_: object, unique: int) -> None:
         expected.append((unique, bench.answered()))
 
-    def look(_: object, request: bytes) -> None:
+    def look(opcode: int, unique: int, nodeid: int, ids: wire.Ids, request: memoryview) -> None:
         seen.append((wire.interrupted(request), bench.answered()))
 
-    monkeypatch.setattr(handles, "expect_interrupted", expect)
-    monkeypatch.setattr(handles, "interrupt", look)
+    monkeypatch.setattr(type(bench.router._interrupts), "expect", expect)
+    monkeypatch.setitem(bench.router._rows, Opcode.INTERRUPT, Row(look))
     bench.take_in(poll(2, 1), poll(4, 1), interrupt(4))
     assert not expected
     bench.serve_all()
     assert expected == [(4, [2])]
     assert bench.answered() == [4]
-    # One for what has been answered meanwhile, or never was, is for the handles to judge.
+    # One for what has been answered meanwhile, or never was, is for `Interrupts` to tell apart.
     assert not seen
     bench.take_in(interrupt(2), poll(6, 1))
     assert seen == [(2, [])]
@@ -196,16 +195,16 @@ def test_a_call_that_can_not_be_finished_is_not_the_end_of_the_mount(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nor is it one for those that are finished after it."""
-    handles = bench.router._handles
+    calls = bench.router._calls
     finished: list[object] = []
 
     def finish(_: object) -> None:
-        call = handles.completed.popleft()
+        call = calls.completed.popleft()
         finished.append(call)
         raise RuntimeError("of nobody's making")
 
-    monkeypatch.setattr(type(handles), "finish", finish)
-    handles.completed += ["first", "second"]  # type: ignore[list-item]
+    monkeypatch.setattr(type(calls), "finish", finish)
+    calls.completed += ["first", "second"]  # type: ignore[list-item]
     bench.loop(monkeypatch)
     assert finished == ["first", "second"]
     assert len(caplog.records) == 2
@@ -217,7 +216,7 @@ def test_a_request_that_can_not_start_anew_is_eio(
     def again(_: object, request: memoryview) -> None:
         raise OSError(errno.EMFILE, "of nobody's making")
 
-    monkeypatch.setattr(type(bench.router._handles), "again", again)
+    monkeypatch.setattr(type(bench.router._calls), "again", again)
     for unique in (2, 4):
         bench.router._backlog.append(poll(unique, 1))
     bench.loop(monkeypatch)
@@ -235,8 +234,8 @@ def test_an_event_that_fails_does_not_keep_the_others_from_being_looked_at(
         raise RuntimeError(name)
 
     monkeypatch.setattr(type(bench.domain), "expire", lambda _: look("deadlines"))
-    handles = type(bench.router._handles)
-    monkeypatch.setattr(handles, "look_for_killed", lambda _: look("killed"))
+    interrupts = type(bench.router._interrupts)
+    monkeypatch.setattr(interrupts, "look_for_killed", lambda _: look("killed"))
     for _ in range(2):
         readable = os.eventfd(1)
         bench.router._watches.watch(readable, lambda: look("cancel"))

@@ -25,7 +25,9 @@ from kdbusfs.bus.commands import COMMANDS, Row
 from kdbusfs.bus.domain import Domain
 from kdbusfs.bus.metadata import ProcessMetadata
 from kdbusfs.fuse import wire
-from kdbusfs.fuse.handles import Handles
+from kdbusfs.fuse.calls import Calls
+from kdbusfs.fuse.device import Device
+from kdbusfs.fuse.files import OpenFiles
 from kdbusfs.peer import procfs
 from kdbusfs.peer.memory import PoolMemory
 from kdbusfs.peer.namespaces import OWN_USER
@@ -34,6 +36,8 @@ from kdbusfs.peer.stall import MAX_OF_CALL
 from mount.processes import Child, wait_in_ioctl
 from mount.raw import Bus, Memory, bus_items, libc, make_message, monotonic_ns
 
+ERESTARTSYS = 512
+"""The kernel makes EINTR of it, or calls again."""
 BEFORE = b"untouched" * 8
 
 
@@ -110,12 +114,12 @@ def test_nobody_is_held_for_a_connection_that_was_aborted() -> None:
     os.close(writer)
 
 
-# --- requests to Handles, without a kernel between
+# --- requests without a kernel between
 
 
 class Shell:
-    """Handles behind a socket in place of /dev/fuse. The caller of every request is this process:
-    its memory is ours to look at."""
+    """Open files, behind a socket in place of /dev/fuse. The caller of every request is this
+    process: its memory is ours to look at."""
 
     def __init__(self) -> None:
         self.kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -125,15 +129,16 @@ class Shell:
         self._device = device
         tree = SimpleNamespace(node=self._node, set_size=lambda nodeid, size: None)
         self._nodes: dict[int, Any] = {}
-        self.handles = Handles(
-            device.fileno(),
+        self._answers = Device(device.fileno())
+        self.files = OpenFiles(
+            self._answers,
             self.domain,
             tree,  # type: ignore[arg-type]
             lambda nodeid, uid: _Backing(),
             _nobody,
-            None,
-            self._put_back,
         )
+        self.calls = Calls(self._answers, self.domain, self.files, _nobody, self._put_back)
+        self.interrupts = self.calls.interrupts
         self._unique = 0
         self._ioctls: set[int] = set()
         self.answers: dict[int, int] = {}
@@ -156,9 +161,9 @@ class Shell:
 
     def hear(self) -> None:
         """Take the answers that were written."""
-        if self.handles.reply:
-            self._note(self.handles.reply)
-            self.handles.reply = b""
+        if self._answers.pending:
+            self._note(self._answers.pending)
+            self._answers.pending = b""
         while select.select([self.kernel], [], [], 0)[0]:
             self._note(self.kernel.recv(1 << 16))
 
@@ -175,7 +180,8 @@ class Shell:
         nodeid = 100 + self._unique
         self._nodes[nodeid] = node
         request = self._header(wire.Opcode.OPEN, bytes(8), nodeid)
-        self.handles.open(self._unique, nodeid, (os.getuid(), os.getgid(), os.getpid()), request)
+        ids = (os.getuid(), os.getgid(), os.getpid())
+        self.files.open(wire.Opcode.OPEN, self._unique, nodeid, ids, request)
         self.hear()
         assert self.answers[self._unique] == 0
         return int(wire.OPEN_OUT.unpack_from(self.body)[0])
@@ -187,13 +193,13 @@ class Shell:
         request = self._header(wire.Opcode.IOCTL, wire.IOCTL_IN.pack(*fields) + inline)
         unique = self._unique
         self._ioctls.add(unique)
-        self.handles.ioctl(memoryview(request))
+        self.calls.ioctl(memoryview(request))
         self.finish()
         return unique
 
     def finish(self) -> None:
-        while self.handles.completed:
-            self.handles.finish()
+        while self.calls.completed:
+            self.calls.finish()
         self.hear()
 
     def ioctl(self, fh: int, code: int, *words: int, items: bytes = b"", flags: int = 0) -> Memory:
@@ -202,10 +208,13 @@ class Shell:
         return argument
 
     def interrupt(self, unique: int) -> None:
-        self.handles.interrupt(self._header(wire.Opcode.INTERRUPT, struct.pack("=Q", unique)))
+        self._interrupt(self._header(wire.Opcode.INTERRUPT, struct.pack("=Q", unique)))
+
+    def _interrupt(self, request: bytearray) -> None:
+        self.interrupts.take(wire.Opcode.INTERRUPT, self._unique, 0, (0, 0, 0), request)
 
     def close(self) -> None:
-        self.handles.close()
+        self.calls.close()
         self.kernel.close()
         self._device.close()
 
@@ -313,7 +322,7 @@ def test_a_mount_that_ends_lets_go_of_who_waits_and_stores_nothing(shell: Shell)
     calling = Calling(shell)
     unique, argument = calling.call()
     data = _scribble(argument)
-    shell.handles.close()
+    shell.calls.close()
     shell.hear()
     assert bytes(argument) == data
     assert unique not in shell.answers
@@ -325,7 +334,7 @@ def test_an_interruption_of_what_is_no_call_of_ours_is_forgotten(shell: Shell) -
     calling.answer()
     for strange in (1, 2, unique, 1 << 40):
         shell.interrupt(strange)
-    assert not shell.handles.has_interrupted
+    assert not shell.interrupts.pending
 
 
 @pytest.mark.parametrize(
@@ -351,9 +360,9 @@ def test_one_that_can_not_be_looked_at_keeps_no_other_from_its_end(
         return True
 
     for unique in requests:
-        shell.handles.expect_interrupted(unique)
+        shell.interrupts.expect(unique)
     monkeypatch.setattr(procfs, "is_killed", is_killed)
-    shell.handles.look_for_killed()
+    shell.interrupts.look_for_killed()
     shell.hear()
     answered = [shell.answers.get(unique) for unique in requests]
     assert sorted(answered, key=str) == [errno.EINTR, None]
@@ -369,7 +378,7 @@ def test_a_signal_that_comes_before_the_wait_ends_it(
     def interrupt(connection: Any, call: Any) -> int:
         # As the router does that took over while the payload stalls.
         request = struct.pack("=Q", call.unique)
-        shell.handles.interrupt(shell._header(wire.Opcode.INTERRUPT, request))
+        shell._interrupt(shell._header(wire.Opcode.INTERRUPT, request))
         return row.handler(connection, call)
 
     monkeypatch.setitem(COMMANDS, int(Command.SEND), Row(interrupt, row.kinds))
@@ -379,9 +388,8 @@ def test_a_signal_that_comes_before_the_wait_ends_it(
         shell.hear()
         return unique in shell.answers
 
-    # By a worker, which finds that we can't trace ourselves.
-    daemons.wait_until(is_answered, "EINTR")
-    assert shell.answers[unique] == errno.EINTR
+    daemons.wait_until(is_answered, "ERESTARTSYS")
+    assert shell.answers[unique] == ERESTARTSYS
 
 
 def test_a_call_that_stalls_again_and_again_is_a_fault(
@@ -391,7 +399,7 @@ def test_a_call_that_stalls_again_and_again_is_a_fault(
     calling = Calling(shell)
 
     def stall(connection: Any, call: Any) -> int:
-        shell.handles.note_stall()
+        shell.calls.note_stall()
         raise Stalled
 
     monkeypatch.setitem(COMMANDS, int(Command.SEND), Row(stall, row.kinds))
@@ -399,7 +407,7 @@ def test_a_call_that_stalls_again_and_again_is_a_fault(
     n = 1
     while shell.put_back:
         assert unique not in shell.answers
-        shell.handles.again(memoryview(shell.put_back.pop()))
+        shell.calls.again(memoryview(shell.put_back.pop()))
         shell.hear()
         n += 1
     assert n == MAX_OF_CALL
@@ -423,8 +431,8 @@ def test_a_call_that_stalled_starts_anew_unless_its_caller_has_been_let_go(
         shell.put_back.clear()
         before = bytes(argument)
         if aborted:
-            shell.handles.close()
-        shell.handles.again(memoryview(request))
+            shell.calls.close()
+        shell.calls.again(memoryview(request))
         shell.finish()
         assert unique not in shell.answers
         if aborted:
@@ -436,15 +444,15 @@ def test_a_call_that_stalled_starts_anew_unless_its_caller_has_been_let_go(
 
 def test_a_signal_that_came_while_the_request_was_queued_ends_the_wait(shell: Shell) -> None:
     calling = Calling(shell)
-    shell.handles.expect_interrupted(shell._unique + 2)
+    shell.interrupts.expect(shell._unique + 2)
     unique, _ = calling.call()
 
     def is_answered() -> bool:
         shell.hear()
         return unique in shell.answers
 
-    daemons.wait_until(is_answered, "EINTR")
-    assert shell.answers[unique] == errno.EINTR
+    daemons.wait_until(is_answered, "ERESTARTSYS")
+    assert shell.answers[unique] == ERESTARTSYS
 
 
 # --- the kernel lets all of them go
