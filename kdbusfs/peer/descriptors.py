@@ -214,8 +214,10 @@ class FileDescriptor:
                 ours.shutdown(socket.SHUT_RD)
         except OSError as error:
             raise CommandError(EINVAL, f"no such socket: {error}") from None
-        self.hold()
-        CLOSERS.submit(self._uid, self._drain)
+        # Nothing can be added any more. Packets without files may lie there as long as they like.
+        if lib.kdbusfs_queued_files(self.fd):
+            self.hold()
+            CLOSERS.submit(self._uid, self._drain)
 
     def _is_own_peer(self, ours: socket.socket) -> bool:
         option = ours.getsockopt
@@ -227,7 +229,8 @@ class FileDescriptor:
         return int(_UCRED.unpack(credentials)[1]) == self._uid
 
     def _drain(self) -> None:
-        """Drop what was sent before. Empty packets look like the end, so it is asked often."""
+        """Drop the files that were sent before. Empty packets look like the end, so it is asked
+        often."""
         try:
             with self._socket() as ours:
                 for _ in range(_N_DRAINED):

@@ -7,6 +7,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from errno import EBADF, EFAULT, EINVAL, EPERM, ESTALE
+from struct import Struct
 
 from ..abi.errors import CommandError, Fault
 from ..abi.items import Buffer
@@ -25,8 +26,20 @@ from .stall import fail, leave
 _STATUS = int(AttachFlag.CREDS | AttachFlag.PIDS | AttachFlag.AUXGROUPS | AttachFlag.CAPS)
 """The kinds of metadata that come from /proc/<tid>/status."""
 
+_TEXT = int(AttachFlag.AUXGROUPS | AttachFlag.CAPS)
+"""Those of them that come from nowhere else."""
+_IDS = Struct("=11I")
+"""See kdbusfs_pidfd_info()."""
+_ids = ffi.new("uint32_t[11]")
+_ids_view = ffi.buffer(_ids)
+_identity = ffi.new("uint64_t *")
+_at_home: set[int] = set()
+"""Threads that are in our own PID namespace, by identity."""
+_MOST_AT_HOME = 1 << 16
+
 _scratch = bytearray(1 << 16)
 _scratch_pointer = ffi.from_buffer(_scratch)
+_pidfd_info = lib.kdbusfs_pidfd_info
 _vm_read = lib.kdbusfs_vm_read
 _vm_read_some = lib.kdbusfs_vm_read_some
 _vm_write = lib.kdbusfs_vm_write
@@ -214,21 +227,7 @@ class Process:
 
         The directory may be in a file system that a user serves, so nothing is asked of it.
         """
-        try:
-            fd = os.open(f"/proc/{self.thread()}/root", os.O_PATH | os.O_CLOEXEC)
-        except OSError as error:
-            check_exhausted(error.errno)
-            return None
-        try:
-            with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-                known = [line for line in file if line.startswith((b"mnt_id", b"ino"))]
-            # The path may be longer than any buffer for one: ENAMETOOLONG.
-            return (*known, os.readlink(b"/proc/self/fd/%d" % fd))
-        except OSError as error:
-            check_exhausted(error.errno)
-            return None
-        finally:
-            os.close(fd)
+        return procfs.root(self.thread())
 
     def find_process(self, pid: int) -> tuple[int, ...] | None:
         namespace = self.pid_namespace()
@@ -250,7 +249,9 @@ class Process:
         if kinds & AttachFlag.TID_COMM:
             metadata.tid_comm = procfs.comm(tid)
         if kinds & AttachFlag.PID_COMM:
-            metadata.pid_comm = procfs.comm(self.status.process())
+            process = self.status.process()
+            known = metadata.tid_comm if process == tid else None
+            metadata.pid_comm = procfs.comm(process) if known is None else known
         if kinds & AttachFlag.EXE:
             metadata.exe = procfs.readlink(tid, "exe")
         if kinds & AttachFlag.CMDLINE:
@@ -263,7 +264,35 @@ class Process:
         if kinds & AttachFlag.AUDIT:
             metadata.audit = procfs.audit(tid)
 
+    def _gather_ids(self, metadata: ProcessMetadata, kinds: int) -> bool:
+        """CREDS and PIDS without /proc; False if that can't be done.
+
+        Credentials may change at any time, so they are asked for each time. The numbers of a
+        thread never change, nor does the PID namespace it is in: whether that is ours is
+        remembered of each thread by a number that the kernel gives to no other.
+        """
+        error: int = _pidfd_info(self.thread(), _identity, _ids)
+        if error:
+            check_exhausted(-error)
+            return False
+        identity = _identity[0]
+        if kinds & AttachFlag.PIDS and identity not in _at_home:
+            if len(self.status.numbers(b"NSpid")) != 1:
+                return False
+            if len(_at_home) >= _MOST_AT_HOME:
+                _at_home.clear()
+            _at_home.add(identity)
+        tid, tgid, parent, ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid = _IDS.unpack(_ids_view)
+        if kinds & AttachFlag.CREDS:
+            metadata.creds = (ruid, euid, suid, fsuid, rgid, egid, sgid, fsgid)
+        if kinds & AttachFlag.PIDS:
+            metadata.pid_namespace = None
+            metadata.pids = ((tgid,), (tid,), (parent,))
+        return True
+
     def _gather_status(self, metadata: ProcessMetadata, kinds: int) -> None:
+        if not kinds & _TEXT and self._status is None and self._gather_ids(metadata, kinds):
+            return
         status = self.status
         if kinds & (AttachFlag.CREDS | AttachFlag.CAPS):
             metadata.creds = (*status.uids(), *status.gids())

@@ -14,9 +14,13 @@ from errno import EPERM
 
 from ..abi.errors import CommandError
 from ..bus.metadata import Capabilities
+from ..native import ffi, lib
 from .fd_table import check_exhausted
 
 CAP_IPC_OWNER = 15
+_ROOM = 1 << 13
+"""What all but a few files fit into."""
+_LARGEST_TID = 0x7FFFFFFF
 _LARGEST = 1 << 22
 """More of a file is not read: far more than 65,536 groups take."""
 _LAST_CAPABILITY = "/proc/sys/kernel/cap_last_cap"
@@ -24,14 +28,27 @@ _LAST_CAPABILITY = "/proc/sys/kernel/cap_last_cap"
 
 def read(tid: int, name: str, limit: int = 0) -> bytes | None:
     """The whole of /proc/<tid>/<name>, or its first *limit* bytes; None if it can't be read."""
+    if tid > _LARGEST_TID:
+        # A number that a caller made up.
+        return None
+    room = limit or _ROOM
+    buffer = ffi.new("char[]", room)
+    n: int = lib.kdbusfs_proc_read(tid, name.encode(), buffer, room)
+    if n < 0:
+        check_exhausted(-n)
+        return None
+    if n < room or limit:
+        return bytes(ffi.buffer(buffer, n))
+    return _read_long(tid, name)
+
+
+def _read_long(tid: int, name: str) -> bytes | None:
     try:
         fd = os.open(f"/proc/{tid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         check_exhausted(error.errno)
         return None
     try:
-        if limit:
-            return os.read(fd, limit)
         data = os.read(fd, 65536)
         # A file that fills the buffer is rare (AUXGROUPS of 64k groups).
         while len(data) % 65536 == 0 and len(data) < _LARGEST and (more := os.read(fd, 65536)):
@@ -46,11 +63,22 @@ def read(tid: int, name: str, limit: int = 0) -> bytes | None:
 
 def readlink(tid: int, name: str) -> bytes | None:
     """Where the link /proc/<tid>/<name> leads, or None."""
-    try:
-        return os.readlink(b"/proc/%d/%b" % (tid, name.encode()))
-    except OSError as error:
-        check_exhausted(error.errno)
+    buffer = ffi.new("char[]", _ROOM)
+    n: int = lib.kdbusfs_proc_link(tid, name.encode(), buffer, _ROOM)
+    if n < 0:
+        check_exhausted(-n)
         return None
+    return bytes(ffi.buffer(buffer, n))
+
+
+def root(tid: int) -> bytes | None:
+    """What tells the root directory of a thread from others, or None."""
+    buffer = ffi.new("char[]", _ROOM)
+    n: int = lib.kdbusfs_proc_root(tid, buffer, _ROOM)
+    if n < 0:
+        check_exhausted(-n)
+        return None
+    return bytes(ffi.buffer(buffer, n))
 
 
 def numbers(text: bytes) -> tuple[int, ...]:

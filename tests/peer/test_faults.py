@@ -23,11 +23,13 @@ from errno import (
     ENOENT,
     ENOMEM,
     ENOTDIR,
+    ENOTTY,
     EPERM,
     ESRCH,
     errorcode,
 )
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +39,7 @@ from bus.harness import fails
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import AttachFlag
 from kdbusfs.bus.metadata import PidNamespace, ProcessMetadata, Viewer
+from kdbusfs.native import ffi
 from kdbusfs.peer import descriptors, namespaces, process, procfs
 from kdbusfs.peer.fd_table import FD_TABLE
 from kdbusfs.peer.process import Process
@@ -95,7 +98,8 @@ class Injector:
         for name in ("open", "read", "pread", "readlink", "listdir", "fstat"):
             patch.setattr(os, name, self._wrapped(getattr(os, name)))
         patch.setattr(fcntl, "ioctl", self._wrapped(fcntl.ioctl))
-        for module in (process, descriptors):
+        patch.setattr(process, "_pidfd_info", _Library(self, process.lib).kdbusfs_pidfd_info)
+        for module in (process, descriptors, procfs):
             patch.setattr(module, "lib", _Library(self, module.lib))
         patch.setattr(builtins, "open", self._wrapped(builtins.open))
 
@@ -121,7 +125,7 @@ class _Library:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._library, name)
-        if "pidfd" not in name and "stat" not in name:
+        if not any(part in name for part in ("pidfd", "stat", "proc_")):
             return function
 
         def wrapper(*args: Any) -> Any:
@@ -252,7 +256,17 @@ def test_files_may_hold_anything(
         remaining = text
         return opened(*args, **kwargs)
 
+    def read_at_once(tid: int, name: bytes, to: Any, size: int) -> int:
+        ffi.buffer(to)[: len(text[:size])] = text[:size]
+        return min(len(text), size)
+
     with monkeypatch.context() as patch:
+        library = SimpleNamespace(
+            kdbusfs_proc_read=read_at_once,
+            kdbusfs_proc_link=read_at_once,
+            kdbusfs_proc_root=lambda tid, to, size: read_at_once(tid, b"root", to, size),
+        )
+        patch.setattr(procfs, "lib", library)
         opened = os.open
         patch.setattr(os, "open", open_)
         patch.setattr(os, "read", read)
@@ -265,6 +279,7 @@ def test_files_may_hold_anything(
 def test_a_file_without_an_end_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "read", lambda fd, size: bytes(size))
+        patch.setattr(procfs, "_ROOM", 16)
         text = procfs.read(os.getpid(), "status")
     assert text is not None
     assert len(text) <= 1 << 22
@@ -314,3 +329,21 @@ def test_a_namespace_is_charged_to_who_is_in_it(stranger: int) -> None:
     del users, pids
     gc.collect()
     assert FD_TABLE.taken(caller.uid) == before
+
+
+def test_ids_are_told_alike_with_and_without_proc(
+    tid: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = int(AttachFlag.CREDS | AttachFlag.PIDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "_pidfd_info", lambda *_: -ENOTTY)
+        slow = ProcessMetadata()
+        peer(tid).gather(slow, kinds)
+    # The second time it is known where the thread is.
+    for _ in range(2):
+        quick = ProcessMetadata()
+        peer(tid).gather(quick, kinds)
+        assert (quick.creds, quick.pids) == (slow.creds, slow.pids)
+        assert (quick.pid_namespace is None) == (slow.pid_namespace is None)
+    assert slow.creds is not None
+    assert slow.pids is not None
