@@ -279,7 +279,7 @@ class Connection:
         self.owner = endpoint.is_owner(opener)
         self.user = user
         self.pool = pool
-        self.quota = Quota(pool.size)
+        self.quota = Quota(pool.size, pool.arena)
         self.queue = Queue()
         self.lost = 0
         self.names: dict[bytes, NameClaim] = {}

@@ -44,7 +44,7 @@ from .names import claim_size
 from .node import Node, access_mode
 from .peer import Credentials, Memory
 from .policy import Entries, parse_entries, policy_size
-from .pool import Pool, Slice
+from .pool import Arena, Inode, Lease, Pool, Slice
 from .quota import User
 from .shares import Charge
 
@@ -87,12 +87,25 @@ class SetUp(Step):
             self.user.n_connections -= 1
         if self.pool is not None:
             self.pool.close()
+            # The next HELLO may be for another size.
+            self.handle.inode.tidy()
 
 
 class Handle:
-    """One open file. *opener* is who opened it; *new_memory* makes a pool's memory for it."""
+    """One open file. *opener* is who opened it; *new_memory* makes a pool's memory for it, unless
+    another handle on the same *inode* has one already."""
 
-    __slots__ = ("domain", "node", "opener", "new_memory", "state", "endpoint", "bus", "connection")
+    __slots__ = (
+        "domain",
+        "node",
+        "opener",
+        "new_memory",
+        "inode",
+        "state",
+        "endpoint",
+        "bus",
+        "connection",
+    )
 
     def __init__(
         self,
@@ -100,9 +113,12 @@ class Handle:
         node: Node,
         opener: Credentials,
         new_memory: Callable[[int], Memory],
+        inode: Inode | None = None,
     ) -> None:
         if not node.alive:
             raise CommandError(ESHUTDOWN, "the node has gone")
+        self.inode = inode or Inode()
+        self.inode.n_handles += 1
         self.domain = domain
         self.node = node
         self.opener = opener
@@ -317,6 +333,8 @@ class Handle:
         # Nothing below can fail.
         call.commit()
         pool.release(slice_)
+        if pool.arena.lease is not None:
+            pool.arena.lease.join()
         self.connection = connection
         self._join(connection, name, policy)
 
@@ -334,7 +352,7 @@ class Handle:
         call.data[structs.CMD_HELLO_ID128 : structs.CMD_HELLO.size] = bus.id128
         call.store_results()
         # No HELLO can follow on a pool that has been sealed, so this comes last.
-        pool.memory.seal()
+        pool.arena.seal()
         return slice_
 
     def _join(self, connection: Connection, name: bytes | None, policy: Entries | None) -> None:
@@ -349,23 +367,20 @@ class Handle:
         bus.flush()
 
     def _new_pool(self, size: int) -> Pool:
-        """A pool, charged to who opened the file as long as it is mapped; ENOMEM."""
-        budget, uid = self.domain.budget, self.opener.uid
+        """A pool, charged to who opened the file as long as it is mapped; ENOMEM. EBUSY: another
+        connection on this inode has a smaller one."""
+        inode = self.inode
+        if inode.arena is not None:
+            return Pool(inode.arena, size)
         # First, since it finds out what has gone of earlier pools.
-        pool = Pool(size, self.new_memory(size))
+        arena = Arena(size, self.new_memory(size))
         try:
-            budget.addresses.charge(uid, size)
+            arena.lease = Lease(self.domain.budget, self.opener.uid, size)
         except CommandError:
-            pool.close()
+            arena.close()
             raise
-
-        def gone(charged: int) -> None:
-            budget.addresses.discharge(uid, size)
-            budget.pools.discharge(uid, charged)
-
-        pool.charge = lambda n: budget.pools.charge(uid, n)
-        pool.on_gone = gone
-        return pool
+        inode.arena = arena
+        return Pool(arena, size)
 
     def _check_hello(self, call: Call, endpoint: Endpoint, pool_size: int) -> bytes | None:
         """Checks that come before anything is made; returns the name, if one is given."""
@@ -440,20 +455,24 @@ class Handle:
             if self.connection.alive:
                 self.connection.bus.disconnect(self.connection)
             self._close_pool(self.connection)
+        self.inode.leave()
 
     def _close_pool(self, connection: Connection) -> None:
-        """Give the pool up. While its client has it mapped, it goes on to count as a connection:
-        else nobody would be charged for its memory."""
+        """Give the pool up. The last connection of an inode goes on to count as long as anybody has
+        the memory mapped: else nobody would be charged for it."""
         user, pool = connection.user, connection.pool
-        on_gone = pool.on_gone
-
-        def gone(charged: int) -> None:
+        arena = pool.arena
+        if self.inode.n_handles > 1:
+            work = pool.close()
+            if work is not None:
+                self.domain.work.add(user, work)
+        else:
+            # All of it goes at once.
+            arena.n_pools -= 1
+        if arena.n_pools or arena.lease is None:
             user.n_connections -= 1
-            if on_gone is not None:
-                on_gone(charged)
-
-        pool.on_gone = gone
-        pool.close()
+        else:
+            arena.lease.user = user
 
     def _end_bus(self) -> None:
         bus = self.bus

@@ -13,9 +13,13 @@ What the daemon itself has only so much of is divided elsewhere (`shares`).
 from __future__ import annotations
 
 from errno import EMFILE, ENOBUFS
+from typing import TYPE_CHECKING
 
 from ..abi.errors import CommandError
 from ..abi.numbers import Limit
+
+if TYPE_CHECKING:
+    from .pool import Arena
 
 _MESSAGES = int(Limit.USER_MESSAGES)
 _FDS = int(Limit.USER_FDS)
@@ -45,15 +49,23 @@ class Account:
 
 
 class Quota:
-    """The accounts of one receiver with a pool of *pool_size* bytes."""
+    """The accounts of one receiver with a pool of *pool_size* bytes. Several whose pools lie in one
+    *arena* have a part of their halves each, so that together they take no more than one would."""
 
-    __slots__ = ("half", "queued", "accounts")
+    __slots__ = ("_arena", "_half", "queued", "accounts")
 
-    def __init__(self, pool_size: int) -> None:
-        self.half = pool_size // 2
+    def __init__(self, pool_size: int, arena: Arena | None = None) -> None:
+        self._half = pool_size // 2
+        self._arena = arena
         self.queued = 0
         """Bytes queued by all users together."""
         self.accounts: dict[User, Account] = {}
+
+    @property
+    def half(self) -> int:
+        """How many bytes may be queued by all users together."""
+        arena = self._arena
+        return self._half if arena is None or arena.n_pools < 2 else self._half // arena.n_pools
 
     def charge(self, user: User, size: int, fds: int) -> None:
         """Charge *user* a message of *size* bytes with *fds* descriptors.
@@ -64,9 +76,10 @@ class Quota:
         account = self.accounts.get(user)
         if account is None:
             account = Account()
-        if self.half < self.queued:
+        half = self.half
+        if half < self.queued:
             raise CommandError(ENOBUFS, "half of the pool is queued")
-        share = (self.half - self.queued + account.size) // 3
+        share = (half - self.queued + account.size) // 3
         if size > share - account.size:
             raise CommandError(ENOBUFS, f"{account.size} of {share} bytes queued, {size} more")
         if account.messages >= _MESSAGES:

@@ -39,9 +39,11 @@ def _check_size(size: int) -> None:
 
 
 class Backing(Protocol):
-    """The pool side of one open endpoint."""
+    """The pool side of an endpoint's inode that is open, maybe more than once."""
 
     open_flags: int
+    reopen_flags: int
+    """More of them, for those who open the same inode later."""
     backing_id: int
 
     def new_memory(self, size: int) -> PoolMemory:
@@ -54,6 +56,8 @@ class Backing(Protocol):
 class PassthroughBacking:
     """A memfd, open until the pool is sealed; the kernel keeps it from then on. User *uid* is
     charged for it."""
+
+    reopen_flags = 0
 
     def __init__(self, device: int, uid: int, leftovers: Leftovers) -> None:
         self._device = device
@@ -114,6 +118,8 @@ class CacheBacking:
     """Private memory, pushed into the page cache of an inode by *push*."""
 
     backing_id = 0
+    reopen_flags = wire.FOPEN_KEEP_CACHE
+    """The pages of those who have it open stay."""
 
     def __init__(
         self, push: Callable[[int, Buffer], None], set_size: Callable[[int], None], direct_io: bool

@@ -29,6 +29,8 @@ from ..bus.domain import Domain
 from ..bus.endpoint import Endpoint
 from ..bus.handle import Handle
 from ..bus.node import Node
+from ..bus.peer import Credentials
+from ..bus.pool import Inode
 from ..bus.shares import Share
 from ..peer.descriptors import Watcher
 from ..peer.fd_table import check_exhausted
@@ -61,29 +63,47 @@ class NewBacking(Protocol):
     def __call__(self, nodeid: int, uid: int) -> Backing: ...
 
 
+class OpenInode:
+    """A nodeid of which files are open. All of them have one *backing*, so only whoever is the same
+    *opener* may open it again."""
+
+    __slots__ = ("backing", "label", "memory", "opener", "shared")
+
+    def __init__(self, opener: Credentials, label: bytes | None) -> None:
+        self.opener = opener
+        self.label = label
+        """How a security module calls the opener."""
+        self.backing: Backing
+        self.shared = Inode()
+        """The same for the bus."""
+        self.memory: PoolMemory | None = None
+
+    def new_memory(self, size: int) -> PoolMemory:
+        self.memory = None
+        self.memory = self.backing.new_memory(size)
+        return self.memory
+
+
 class OpenFile:
     """What an fh of ours stands for: a handle of the bus and how the kernel sees it."""
 
-    __slots__ = ("backing", "fh", "handle", "kh", "memory", "nodeid", "poll_wanted", "uid")
+    __slots__ = ("fh", "handle", "inode", "kh", "nodeid", "poll_wanted", "uid")
 
-    def __init__(self, fh: int, nodeid: int, backing: Backing | None) -> None:
+    def __init__(self, fh: int, nodeid: int) -> None:
         self.fh = fh
         self.nodeid = nodeid
-        self.backing = backing
+        self.inode: OpenInode | None = None
+        """Of an endpoint."""
         self.handle: Handle
-        self.memory: PoolMemory | None = None
         self.uid = 0
         """Who opened it."""
         self.kh = 0
         """The kernel's name for whoever polls this file."""
         self.poll_wanted = False
 
-    def new_memory(self, size: int) -> PoolMemory:
-        if self.backing is None:
-            raise CommandError(ENODEV, "no pool behind this file")
-        self.memory = None
-        self.memory = self.backing.new_memory(size)
-        return self.memory
+
+def _no_pool(size: int) -> PoolMemory:
+    raise CommandError(ENODEV, "no pool behind this file")
 
 
 class OpenFiles:
@@ -105,7 +125,8 @@ class OpenFiles:
         self.by_fh: dict[int, OpenFile] = {}
         self.on_close: Callable[[], None] = lambda: None
         """A file is about to go: whoever remembers it is to let go of it."""
-        self._open_nodeids: set[int] = set()
+        self._inodes: dict[int, OpenInode] = {}
+        """Endpoints that are open, by nodeid."""
         self._n_open: dict[int, int] = {}
         """Open endpoints by uid: each takes descriptors of ours."""
         self._opens = Share("open files", EMFILE, _OPENS, _MOST_OPENS)
@@ -130,43 +151,59 @@ class OpenFiles:
                 # The caller has no place in our PID namespace: it can be neither read nor named.
                 raise CommandError(EPERM, "caller from outside the daemon's PID namespace")
             has_pool = isinstance(node.subject, Endpoint)
-            if has_pool and nodeid in self._open_nodeids:
+            if has_pool and nodeid in self._inodes:
                 if not U32.unpack_from(request, IN_HEADER_SIZE)[0]:
                     # open(2) brings O_LARGEFILE at least: it is the kernel, on behalf of lsattr(1)
                     # and others that ask for attributes, which kdbus has none of.
                     raise CommandError(ENOTTY, "no file attributes")
-                self._warn_of_second_open(node)
-                raise CommandError(EBUSY, "an inode has one pool")
+                self._check_same_opener(node, self._inodes[nodeid], peer)
             if has_pool and peer.uid and self._n_open.get(peer.uid, 0) >= _MAX_OPEN:
                 raise CommandError(EMFILE, f"{_MAX_OPEN} endpoints open of this user")
-            file = self._new_file(nodeid, node, peer)
-            if file.backing is not None:
-                self._open_nodeids.add(nodeid)
-                self._n_open[peer.uid] = self._n_open.get(peer.uid, 0) + 1
-            flags, backing_id = wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH, 0
-            if file.backing is not None:
-                flags, backing_id = file.backing.open_flags, file.backing.backing_id
+            file, flags = self._new_file(nodeid, node, peer)
         except CommandError as error:
             peer.let_go()
             self._device.reply(unique, error.errno)
             self._device.traced("OPEN", ids, error.errno, f"nodeid={nodeid}", error)
             return
+        backing_id = 0
+        if file.inode is not None:
+            self._inodes[nodeid] = file.inode
+            self._n_open[peer.uid] = self._n_open.get(peer.uid, 0) + 1
+            backing_id = file.inode.backing.backing_id
         self._next_fh += 1
         self.by_fh[file.fh] = file
         peer.let_go()
         self._device.reply(unique, 0, wire.OPEN_OUT.pack(file.fh, flags, backing_id))
-        assert node is not None
         self._device.traced("OPEN", ids, 0, f"{node.name} fh={file.fh}")
 
-    def _new_file(self, nodeid: int, node: Node, peer: Process) -> OpenFile:
-        """An open file that is charged to *peer*; EMFILE, ENFILE, ENOMEM."""
-        file = OpenFile(self._next_fh, nodeid, None)
+    def _check_same_opener(self, node: Node, inode: OpenInode, peer: Process) -> None:
+        """EBUSY: *inode* has been opened by somebody else, who shares no pool with *peer*."""
+        if peer.credentials() == inode.opener and peer.security_label() == inode.label:
+            return
+        self._warn_of_second_open(node)
+        raise CommandError(EBUSY, "an inode has pools of one user")
+
+    def _new_file(self, nodeid: int, node: Node, peer: Process) -> tuple[OpenFile, int]:
+        """An open file that is charged to *peer*, and how the kernel is to treat it; EMFILE,
+        ENFILE, ENOMEM."""
+        file = OpenFile(self._next_fh, nodeid)
         file.uid = peer.uid
         self._opens.charge(peer.uid, 1)
+        flags = wire.FOPEN_DIRECT_IO | wire.FOPEN_NOFLUSH
         try:
-            file.handle = Handle(self._domain, node, peer.credentials(), file.new_memory)
-            if isinstance(node.subject, Endpoint):
-                file.backing = self._new_backing(nodeid, peer.uid)
+            opener = peer.credentials()
+            if not isinstance(node.subject, Endpoint):
+                file.handle = Handle(self._domain, node, opener, _no_pool)
+                return file, flags
+            known = self._inodes.get(nodeid)
+            inode = known or OpenInode(opener, peer.security_label())
+            file.handle = Handle(self._domain, node, opener, inode.new_memory, inode.shared)
+            if known is None:
+                inode.backing = self._new_backing(nodeid, peer.uid)
+            file.inode = inode
+            flags = inode.backing.open_flags
+            if known is not None:
+                flags |= inode.backing.reopen_flags
         except OSError as error:
             self._opens.discharge(peer.uid, 1)
             check_exhausted(error.errno)
@@ -174,7 +211,7 @@ class OpenFiles:
         except BaseException:
             self._opens.discharge(peer.uid, 1)
             raise
-        return file
+        return file, flags
 
     def release(self, opcode: int, unique: int, nodeid: int, ids: Ids, request: Buffer) -> None:
         (fh,) = U64.unpack_from(request, IN_HEADER_SIZE)
@@ -187,15 +224,16 @@ class OpenFiles:
         self.on_close()
         self._opens.discharge(file.uid, 1)
         file.handle.close()
-        file.memory = None
         if file.handle.connection is not None:
             file.handle.connection.waker = None
-        if file.backing is not None:
-            self._open_nodeids.discard(file.nodeid)
+        inode, file.inode = file.inode, None
+        if inode is not None:
             n_open = self._n_open.pop(file.uid) - 1
             if n_open:
                 self._n_open[file.uid] = n_open
-            file.backing.close()
+            if not inode.shared.n_handles:
+                del self._inodes[file.nodeid]
+                inode.backing.close()
 
     def _warn_of_second_open(self, node: Node) -> None:
         """Say once for each node what its users can't find out: they could fill the log."""
@@ -203,8 +241,8 @@ class OpenFiles:
             return
         self._warned = {known for known in self._warned if known.alive} | {node}
         log.warning(
-            "second open of one inode of %s refused: bind-mount the bus's directory, "
-            "not the endpoint alone",
+            "second open of one inode of %s by somebody else refused: bind-mount the bus's "
+            "directory, not the endpoint alone",
             node.name,
         )
 
@@ -247,20 +285,18 @@ class OpenFiles:
     def read(self, opcode: int, unique: int, nodeid: int, ids: Ids, request: Buffer) -> None:
         fh, offset, size, read_flags, *_ = wire.READ_IN.unpack_from(request, IN_HEADER_SIZE)
         file = self.by_fh.get(fh)
-        memory = file.memory if file is not None else None
+        inode = file.inode if file is not None else None
+        memory = inode.memory if inode is not None else None
         by_read = read_flags & wire.READ_LOCKOWNER
         if memory is not None and memory.pointer is None:
             # Of a HELLO that failed.
             memory = None
-        if file is None or by_read or memory is None or self._is_passthrough(file):
+        if inode is None or by_read or memory is None or inode.backing.backing_id:
             self._device.reply(unique, EINVAL)
             self._device.traced("READ", ids, EINVAL, f"fh={fh}")
             return
         self._device.reply(unique, 0, memory.read(offset, min(size, max(memory.size - offset, 0))))
         self._device.traced("READ", ids, 0, f"fh={fh} offset={offset} size={size}")
-
-    def _is_passthrough(self, file: OpenFile) -> bool:
-        return file.backing is None or file.backing.backing_id != 0
 
     def refuse(self, opcode: int, unique: int, nodeid: int, ids: Ids, request: Buffer) -> None:
         """WRITE and other things that can't be done to a kdbus file."""

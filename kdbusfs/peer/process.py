@@ -219,6 +219,10 @@ class Process:
             users,
         )
 
+    def security_label(self) -> bytes | None:
+        """What a security module calls it, None without one."""
+        return procfs.security_label(self.thread())
+
     def pid_namespace(self) -> PidNamespace:
         return pid_namespace(self.thread(), self.uid)
 

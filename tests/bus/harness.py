@@ -23,6 +23,7 @@ from kdbusfs.bus.bus import Bus as CoreBus
 from kdbusfs.bus.call import PENDING, Call
 from kdbusfs.bus.domain import Domain
 from kdbusfs.bus.handle import Handle
+from kdbusfs.bus.pool import Inode
 
 NEGOTIATE = 1 << 63
 GARBAGE = 0xDEADBEEFDEADBEEF
@@ -255,10 +256,12 @@ class File:
         path: str,
         peer: FakePeer,
         new_memory: Callable[[int], FakeMemory] = FakeMemory,
+        inode: Inode | None = None,
     ) -> None:
         self.domain = domain
         self.peer = peer
-        self.handle = Handle(domain.core, domain.node(path), peer.credentials(), new_memory)
+        node = domain.node(path)
+        self.handle = Handle(domain.core, node, peer.credentials(), new_memory, inode)
         self.closed = False
         domain.files.append(self)
 
@@ -414,10 +417,11 @@ class Client(File):
         peer: FakePeer | None = None,
         endpoint: str = "bus",
         free: bool = True,
+        inode: Inode | None = None,
         **options: Any,
     ) -> None:
         peer = peer if peer is not None else FakePeer(bus.owner.who.euid)
-        super().__init__(bus.domain, f"{bus.name}/{endpoint}", peer)
+        super().__init__(bus.domain, f"{bus.name}/{endpoint}", peer, inode=inode)
         self.bus = bus
         self.said = self.hello(*items, **options)
         self.id, self.pool_size, offset = struct.unpack_from("=QQQ", self.said, 48)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Pools: where slices lie, when they are free again, and what the bus never does to them."""
 
-from errno import ENXIO, EXFULL
+from errno import EBUSY, EMFILE, ENOBUFS, ENXIO, EXFULL
+from itertools import pairwise
 
 import pytest
 from hypothesis import settings
@@ -16,14 +17,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from bus.fakes import FakeMemory
-from bus.harness import Bus, fails
+from bus.fakes import FakeMemory, FakePeer
+from bus.harness import Bus, File, fails
 from kdbusfs.abi.numbers import ListFlag
-from kdbusfs.bus.pool import Pool, Slice
+from kdbusfs.bus.pool import Arena, Inode, Pool, Slice
 
 
 def new_pool(size: int = 4096) -> Pool:
-    return Pool(size, FakeMemory(size))
+    return Pool(Arena(size, FakeMemory(size)), size)
 
 
 def drop(pool: Pool, *slices: Slice) -> None:
@@ -238,3 +239,128 @@ def test_freed_bytes_are_left_as_they_are(bus: Bus) -> None:
     client.send(client, data=b"leftover")
     got = client.recv()
     assert client.visible(got.offset, len(got.raw)) == got.raw
+
+
+# --- several pools on one inode
+
+
+@pytest.fixture
+def inode() -> Inode:
+    return Inode()
+
+
+def test_pools_on_one_inode_have_no_byte_in_common(bus: Bus, inode: Inode) -> None:
+    large = bus.hello(pool_size=16384, inode=inode)
+    small = bus.hello(pool_size=4096, inode=inode)
+    assert small.memory is large.memory
+    told = []
+    for n in range(8):
+        for client in (small, large):
+            data = n.to_bytes() * 100
+            client.send(client.id, data=data)
+            told.append((client, client.recv(free=False), data))
+    spans = sorted((m.offset, m.offset + len(m.raw)) for _, m, _ in told)
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    assert all(m.offset + len(m.raw) <= client.pool_size for client, m, _ in told)
+    for client, message, _ in told:
+        with fails(ENXIO):
+            (small if client is large else large).free(message.offset)
+    large.close()
+    for client, message, data in told:
+        if client is small:
+            assert data in small.visible(message.offset, len(message.raw))
+            small.free(message.offset)
+    small.close()
+
+
+def test_the_first_pool_on_an_inode_is_the_largest(bus: Bus, inode: Inode) -> None:
+    first = bus.hello(pool_size=4096, inode=inode)
+    with fails(EBUSY):
+        bus.hello(pool_size=8192, inode=inode)
+    first.close()
+    bus.domain.check()
+
+
+def test_a_hello_that_failed_does_not_decide_how_large_a_pool_is(bus: Bus, inode: Inode) -> None:
+    file = File(bus.domain, f"{bus.name}/bus", bus.owner, inode=inode)
+    with fails(EMFILE):
+        bus.domain.core.user(bus.owner.uid).n_connections += 1024
+        try:
+            file.hello(pool_size=4096)
+        finally:
+            bus.domain.core.user(bus.owner.uid).n_connections -= 1024
+    file.hello(pool_size=8192)
+
+
+def test_what_a_connection_left_is_given_back_in_pieces(bus: Bus, inode: Inode) -> None:
+    first = bus.hello(pool_size=1 << 16, inode=inode)
+    second = bus.hello(pool_size=1 << 16, inode=inode)
+    for _ in range(200):
+        first.send(first.id, data=b"x")
+        first.recv(free=False)
+    pool = second.connection.pool
+    bus.domain.works = False
+    first.close()
+    assert bus.domain.core.work
+    while bus.domain.core.work:
+        # Others go on meanwhile.
+        second.send(second.id, data=b"y")
+        second.recv()
+        bus.domain.core.step()
+        bus.domain.check()
+    assert [s.size for s in pool.slices()] == [1 << 16]
+
+
+def test_what_the_bus_holds_of_a_closed_pool_is_nobody_elses_meanwhile() -> None:
+    arena = Arena(4096, FakeMemory(4096))
+    first, second = Pool(arena, 4096), Pool(arena, 4096)
+    held, told = first.allocate(64), first.allocate(64)
+    first.publish(told)
+    first.publish(held)
+    first.release(told)
+    assert first.close() is None
+    taken = second.allocate(2048)
+    assert taken.offset >= held.offset + held.size
+    assert {held.kernel, held.user} == {True, False}
+    first.release(held)
+    arena.check()
+    second.release(taken)
+    assert [s.size for s in second.slices()] == [4096]
+
+
+def test_several_pools_on_one_inode_hold_no_more_for_others_than_one(
+    bus: Bus, inode: Inode
+) -> None:
+    """However many connections it sends to, a stranger leaves room in each."""
+    owner = FakePeer(2000)
+    clients = [bus.hello(peer=owner, pool_size=1 << 16, inode=inode) for _ in range(8)]
+    stranger = bus.hello()
+    for client in clients:
+        with fails(ENOBUFS):
+            while True:
+                stranger.send(client.id, data=bytes(200))
+    sizes = [client.connection.quota.queued for client in clients]
+    assert sum(sizes) <= (1 << 16) // 2 // 3
+    for client in clients:
+        bus.hello(peer=owner).send(client.id, data=bytes(200))
+
+
+def test_an_inode_whose_connections_are_closed_counts_until_it_is_unmapped(
+    bus: Bus, inode: Inode
+) -> None:
+    """Not once for each connection that was there, and not for none."""
+    user, budget = bus.domain.core.user(2000), bus.domain.core.budget
+    late = File(bus.domain, f"{bus.name}/bus", FakePeer(2000), inode=inode)
+    clients = [bus.hello(peer=FakePeer(2000), pool_size=4096, inode=inode) for _ in range(3)]
+    memory = clients[0].memory
+    memory.mapped = True
+    assert (user.n_connections, budget.addresses.taken(2000)) == (3, 4096)
+    for client in clients:
+        client.close()
+    assert user.n_connections == 1
+    late.hello(pool_size=4096)
+    assert user.n_connections == 1
+    late.close()
+    assert (user.n_connections, budget.addresses.taken(2000)) == (1, 4096)
+    memory.unmap()
+    assert (user.n_connections, budget.addresses.taken(2000)) == (0, 0)

@@ -220,7 +220,7 @@ class Shell:
 
 
 class _Backing:
-    open_flags = backing_id = 0
+    open_flags = reopen_flags = backing_id = 0
 
     def new_memory(self, size: int) -> PoolMemory:
         return PoolMemory(-1, size)

@@ -939,11 +939,15 @@ def test_strangers_fake_nothing(bus: Bus, person: NewPerson) -> None:
 def test_reopening_a_connection_makes_no_second_one_of_it(bus: Bus, person: NewPerson) -> None:
     alice = person(ALICE)
     connection = alice.connect(path(bus))
-    for opener in (alice, person()):
-        with fails(EBUSY):
-            opener.open(f"/proc/{alice.pid}/fd/{connection.get('fd')}")
+    again = f"/proc/{alice.pid}/fd/{connection.get('fd')}"
+    with fails(EBUSY):
+        person().open(again)
     with fails(EACCES):
-        person(BOB).open(f"/proc/{alice.pid}/fd/{connection.get('fd')}")
+        person(BOB).open(again)
+    # Its own user gets a connection of its own.
+    other = alice.connect(again)
+    assert other.get("id") != connection.get("id")
+    other.close()
     assert connection.list(ListFlag.UNIQUE)
 
 

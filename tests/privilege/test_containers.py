@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from errno import EBUSY, ENXIO, EOPNOTSUPP, EROFS
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ from kdbusfs.abi.numbers import (
     MakeFlag,
 )
 from kdbusfs.abi.structs import ID_CHANGE, U64
-from mount.raw import Bus, Connection, File, Mapping, Memfd, fails, sealed_memfd
+from mount.raw import PAGE, Bus, Connection, File, Mapping, Memfd, fails, sealed_memfd
 from privilege.conftest import NewPerson
 from privilege.people import (
+    CAP_IPC_OWNER,
     CLONE_NEWCGROUP,
     CLONE_NEWIPC,
     CLONE_NEWNET,
@@ -32,6 +34,7 @@ from privilege.people import (
     CLONE_NEWPID,
     CLONE_NEWUSER,
     CLONE_NEWUTS,
+    MS_BIND,
     MS_PRIVATE,
     MS_REC,
     Person,
@@ -291,25 +294,108 @@ def n_warnings(mount: daemons.Mount) -> int:
     return mount.log.read_text().count("second open of one inode")
 
 
-def test_an_endpoint_bound_as_a_file_can_be_opened_once_at_a_time(
-    mount: daemons.Mount, single: tuple[Person, str]
+def build_file(source: str) -> str:
+    """In the container: *source* bound as a file, where everybody may walk."""
+    mount("", "/", flags=MS_REC | MS_PRIVATE)
+    mount("tmpfs", "/mnt", "tmpfs")
+    Path("/mnt/endpoint").touch()
+    mount(source, "/mnt/endpoint", flags=MS_BIND)
+    return "/mnt/endpoint"
+
+
+@pytest.mark.parametrize("uid", [None, 1000], ids=["root", "user"])
+def test_connections_of_one_user_share_an_endpoint_bound_as_a_file(
+    mount: daemons.Mount, bus: Bus, person: NewPerson, uid: int | None
+) -> None:
+    """Each has slices of its own, and the end of one leaves the other as it is."""
+    inmate, before = person(unshared=CLONE_NEWNS), n_warnings(mount)
+    there = inmate.run(build_file, str(bus.path))
+    user = inmate if uid is None else inmate.fork(uid)
+    assert user.run(talk_on_one_inode, there)
+    assert user.run(tour_alone, there)
+    assert user.run(tour, there) == EVERY_COMMAND
+    assert n_warnings(mount) == before
+
+
+def talk_on_one_inode(path: str) -> bool:
+    with Connection(path) as first, Connection(path, pool_size=16 * PAGE) as second:
+        kept = []
+        for n in range(40):
+            for sender, to in ((first, second), (second, first)):
+                sender.send(to.id, b"%d to %d, %d" % (sender.id, to.id, n))
+                kept.append((to, to.recv()))
+                assert kept[-1][1].payload == b"%d to %d, %d" % (sender.id, to.id, n)
+        spans = sorted((m.offset, m.offset + m.slice_size) for _, m in kept)
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
+        assert all(m.offset + m.slice_size <= to.pool_size for to, m in kept)
+        for to, m in kept:
+            assert to.pool.read(m.offset, m.slice_size) == m.content
+            # What is told to one is not the other's to free.
+            with fails(ENXIO):
+                (second if to is first else first).free(m.offset)
+        first.close()
+        for m in [m for to, m in kept if to is second]:
+            assert second.pool.read(m.offset, m.slice_size) == m.content
+            second.free(m.offset)
+        second.send(second.id, b"x" * 5000)
+        assert second.take().payload == b"x" * 5000
+        with Connection(path) as third:
+            third.send(second.id, b"from a third")
+            assert second.take().payload == b"from a third"
+    return True
+
+
+def test_the_first_pool_on_an_inode_is_the_largest(single: tuple[Person, str]) -> None:
+    inmate, path = single
+    assert inmate.run(ask_for_more, path)
+
+
+def ask_for_more(path: str) -> bool:
+    with Connection(path, pool_size=4 * PAGE) as first:
+        with fails(EBUSY):
+            Connection(path, pool_size=8 * PAGE)
+        with Connection(path, pool_size=4 * PAGE) as second:
+            second.send(first.id, b"still there")
+            return first.take().payload == b"still there"
+
+
+def test_the_pool_of_an_inode_stays_while_any_of_its_files_is_open(
+    single: tuple[Person, str],
 ) -> None:
     inmate, path = single
-    before = n_warnings(mount)
-    first = inmate.connect(path)
-    with fails(EBUSY):
-        inmate.open(path)
-    assert n_warnings(mount) == before + 1
-    # One line says it; more of them would be a way to fill the log.
-    for _ in range(3):
+    assert inmate.run(say_hello_late, path)
+
+
+def say_hello_late(path: str) -> bool:
+    with File(path) as late:
+        Connection(path).close()
+        with Connection(f"/proc/self/fd/{late.fd}", pool_size=4 * PAGE) as connection:
+            connection.send(connection.id, b"y" * 100)
+            return connection.take().payload == b"y" * 100
+
+
+def test_others_get_no_connection_on_an_inode_that_is_open(
+    mount: daemons.Mount, bus: Bus, person: NewPerson
+) -> None:
+    """They would see what is in its pool."""
+    inmate, before = person(unshared=CLONE_NEWNS), n_warnings(mount)
+    there = inmate.run(build_file, str(bus.path))
+    # Before it has anything that they would inherit.
+    others = [
+        inmate.fork(1000),
+        inmate.fork(0, groups=[4711]),
+        inmate.fork(without=[CAP_IPC_OWNER]),
+    ]
+    first = inmate.connect(there)
+    for other in others:
         with fails(EBUSY):
-            inmate.open(path)
+            other.open(there)
+    # One line says it; more of them would be a way to fill the log.
     assert n_warnings(mount) == before + 1
     # The one that is open is unharmed, and afterwards it is another's turn.
     assert first.list(ListFlag.UNIQUE)
     first.close()
-    assert inmate.run(tour_alone, path)
-    assert n_warnings(mount) == before + 1
+    assert others[0].run(tour_alone, there)
 
 
 def tour_alone(path: str) -> bool:
@@ -341,17 +427,19 @@ def read_all(path: str) -> bytes:
 
 
 def test_a_mapping_that_outlives_its_file_shows_nothing_of_the_next_pool(
-    single: tuple[Person, str],
+    bus: Bus, person: NewPerson
 ) -> None:
-    inmate, path = single
+    inmate = person(unshared=CLONE_NEWNS)
+    path = inmate.run(build_file, str(bus.path))
+    other = inmate.fork(1000)
     keeper = inmate.make(map_and_close, path)
     try:
-        successor = inmate.connect(path)
+        successor = other.connect(path)
     except OSError as error:
         # Where the mapping keeps the file open, the next one has to wait for it.
         assert error.errno == EBUSY  # noqa: PT017
         keeper.unmap()
-        successor = inmate.connect(path)
+        successor = other.connect(path)
     else:
         successor.send(successor.id, b"secret" * 1000)
         assert b"secret" not in keeper.read(0, 1 << 16)
