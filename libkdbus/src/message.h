@@ -59,6 +59,11 @@ struct kdbus_message {
 	bool incomplete;
 };
 
+static inline bool kdbus_message_is_received(const struct kdbus_message *message)
+{
+	return message->msg != &message->head;
+}
+
 int kdbus_message_build(struct kdbus_message *message, struct kdbus_msg **msgp);
 int kdbus_message_new_from_slice(struct kdbus_message **messagep, struct kdbus_conn *conn,
 				 const struct kdbus_msg_info *info);

@@ -153,7 +153,7 @@ int kdbus_conn_peek_priority(struct kdbus_conn *conn, int64_t priority,
 int kdbus_conn_drop(struct kdbus_conn *conn);
 uint64_t kdbus_conn_take_lost(struct kdbus_conn *conn);
 
-/* message.c: building a message. Data and descriptors are referred to, not
+/* message-build.c: building a message. Data and descriptors are referred to, not
  * copied: they have to be there until it has been sent for the last time. */
 
 int kdbus_message_new(struct kdbus_message **messagep);
@@ -185,7 +185,7 @@ uint64_t kdbus_message_get_cookie(const struct kdbus_message *message);
 uint64_t kdbus_message_get_cookie_reply(const struct kdbus_message *message);
 uint64_t kdbus_message_get_deadline(const struct kdbus_message *message);
 
-/* message.c: reading a message that was received. Pointers are good until it
+/* message-read.c: reading a message that was received. Pointers are good until it
  * is freed. */
 
 /**
