@@ -3,15 +3,12 @@
  * Buses
  */
 
-#include <fcntl.h>
 #include <kdbus/kdbus.h>
-#include <stdio.h>
-#include "item.h"
+#include "handle.h"
 #include "util.h"
 
 struct kdbus_bus {
-	int fd;
-	char *path;
+	KdbusHandle handle;
 };
 
 /**
@@ -36,7 +33,6 @@ _public_ int kdbus_bus_new(struct kdbus_bus **busp, const char *root, const char
 	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
 	_cleanup_(kdbus_bus_freep) struct kdbus_bus *bus = NULL;
 	_cleanup_(freep) char *control = NULL;
-	struct kdbus_cmd *cmd;
 	int r;
 
 	options = options ?: &defaults;
@@ -46,34 +42,18 @@ _public_ int kdbus_bus_new(struct kdbus_bus **busp, const char *root, const char
 	bus = calloc(1, sizeof(*bus));
 	if (!bus)
 		return -ENOMEM;
-	bus->fd = -1;
+	bus->handle = (KdbusHandle)KDBUS_HANDLE_NULL;
 
-	if (asprintf(&control, "%s/control", root) < 0) {
-		control = NULL;
-		return -ENOMEM;
-	}
-	if (asprintf(&bus->path, "%s/%s/bus", root, name) < 0) {
-		bus->path = NULL;
-		return -ENOMEM;
-	}
+	if ((r = format(&control, "%s/control", root)) < 0 ||
+	    (r = format(&bus->handle.path, "%s/%s/bus", root, name)) < 0)
+		return r;
 
-	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){ .flags = options->flags },
-				  sizeof(*cmd))) < 0 ||
-	    (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_MAKE_NAME, name)) < 0 ||
+	if ((r = kdbus_handle_init_command(&chain, options->flags, name)) < 0 ||
 	    (r = kdbus_chain_append(&chain, KDBUS_ITEM_BLOOM_PARAMETER, &bloom, sizeof(bloom))) <
 		    0 ||
 	    (r = kdbus_chain_append(&chain, KDBUS_ITEM_ATTACH_FLAGS_SEND, &options->attach_flags,
-				    sizeof(options->attach_flags))) < 0)
-		return r;
-
-	bus->fd = open_node(control);
-	if (bus->fd < 0)
-		return bus->fd;
-
-	cmd = (void *)chain.data;
-	cmd->size = chain.size;
-	r = kdbus_ioctl(bus->fd, KDBUS_CMD_BUS_MAKE, cmd);
-	if (r < 0)
+				    sizeof(options->attach_flags))) < 0 ||
+	    (r = kdbus_handle_make(&bus->handle, control, KDBUS_CMD_BUS_MAKE, &chain)) < 0)
 		return r;
 
 	*busp = bus;
@@ -95,8 +75,7 @@ _public_ struct kdbus_bus *kdbus_bus_free(struct kdbus_bus *bus)
 	if (!bus)
 		return NULL;
 
-	safe_close(bus->fd);
-	free(bus->path);
+	kdbus_handle_deinit(&bus->handle);
 	free(bus);
 	return NULL;
 }
@@ -109,7 +88,7 @@ _public_ struct kdbus_bus *kdbus_bus_free(struct kdbus_bus *bus)
  */
 _public_ const char *kdbus_bus_get_path(const struct kdbus_bus *bus)
 {
-	return bus->path;
+	return bus->handle.path;
 }
 
 /**
@@ -120,5 +99,5 @@ _public_ const char *kdbus_bus_get_path(const struct kdbus_bus *bus)
  */
 _public_ int kdbus_bus_get_fd(const struct kdbus_bus *bus)
 {
-	return bus->fd;
+	return bus->handle.fd;
 }

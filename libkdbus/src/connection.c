@@ -33,6 +33,24 @@ int kdbus_conn_ioctl(const struct kdbus_conn *conn, unsigned long code, void *cm
 }
 
 /**
+ * kdbus_conn_ioctl_chain() - have a connection do what a chain holds
+ * @conn:	connection to use
+ * @code:	KDBUS_CMD_*
+ * @chain:	its struct, with items behind it
+ *
+ * Return: As kdbus_conn_ioctl().
+ */
+int kdbus_conn_ioctl_chain(const struct kdbus_conn *conn, unsigned long code, KdbusChain *chain)
+{
+	int r;
+
+	r = kdbus_owner_check(&conn->owner);
+	if (r < 0)
+		return r;
+	return kdbus_chain_ioctl(chain, conn->fd, code);
+}
+
+/**
  * kdbus_conn_free_slice() - give a slice back
  * @conn:	connection to use
  * @offset:	where the slice starts
@@ -193,11 +211,10 @@ static int conn_hello(struct kdbus_conn *conn, const struct kdbus_conn_options *
 	     (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_SECLABEL, options->seclabel)) < 0))
 		return r;
 
-	cmd = (void *)chain.data;
-	cmd->size = chain.size;
-	r = kdbus_ioctl(conn->fd, KDBUS_CMD_HELLO, cmd);
+	r = kdbus_chain_ioctl(&chain, conn->fd, KDBUS_CMD_HELLO);
 	if (r < 0)
 		return r;
+	cmd = (void *)chain.data;
 
 	pool = mmap(NULL, cmd->pool_size, PROT_READ, MAP_SHARED, conn->fd, 0);
 	if (pool == MAP_FAILED)
@@ -357,10 +374,9 @@ _public_ int kdbus_conn_update(struct kdbus_conn *conn, const uint64_t *attach_f
 			       const uint64_t *attach_flags_recv, const struct kdbus_policy *policy)
 {
 	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
-	struct kdbus_cmd *cmd;
 	int r;
 
-	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){}, sizeof(*cmd))) < 0 ||
+	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){}, sizeof(struct kdbus_cmd))) < 0 ||
 	    (attach_flags_send &&
 	     (r = kdbus_chain_append(&chain, KDBUS_ITEM_ATTACH_FLAGS_SEND, attach_flags_send,
 				     sizeof(*attach_flags_send))) < 0) ||
@@ -370,9 +386,7 @@ _public_ int kdbus_conn_update(struct kdbus_conn *conn, const uint64_t *attach_f
 	    (policy && (r = kdbus_chain_append_items(&chain, &policy->items)) < 0))
 		return r;
 
-	cmd = (void *)chain.data;
-	cmd->size = chain.size;
-	return kdbus_conn_ioctl(conn, KDBUS_CMD_UPDATE, cmd);
+	return kdbus_conn_ioctl_chain(conn, KDBUS_CMD_UPDATE, &chain);
 }
 
 /**

@@ -21,6 +21,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include "fd_socket.h"
+#include "item.h"
 #include "owner.h"
 
 typedef struct KdbusSlice KdbusSlice;
@@ -61,6 +62,7 @@ struct kdbus_conn {
 };
 
 int kdbus_conn_ioctl(const struct kdbus_conn *conn, unsigned long code, void *cmd);
+int kdbus_conn_ioctl_chain(const struct kdbus_conn *conn, unsigned long code, KdbusChain *chain);
 int kdbus_conn_free_slice(struct kdbus_conn *conn, uint64_t offset);
 
 void kdbus_slice_link(KdbusSlice *slice, struct kdbus_conn *conn, uint64_t offset, uint64_t size);

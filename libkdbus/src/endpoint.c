@@ -3,19 +3,16 @@
  * Custom endpoints
  */
 
-#include <fcntl.h>
 #include <kdbus/kdbus.h>
-#include <stdio.h>
 #include <string.h>
-#include "item.h"
+#include "handle.h"
 #include "owner.h"
 #include "policy.h"
 #include "util.h"
 
 struct kdbus_endpoint {
-	int fd;
+	KdbusHandle handle;
 	KdbusOwner owner;
-	char *path;
 };
 
 /**
@@ -40,35 +37,19 @@ _public_ int kdbus_endpoint_new(struct kdbus_endpoint **endpointp, const char *b
 	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
 	const char *slash = strrchr(bus_path, '/');
 	int n_directory = slash ? slash + 1 - bus_path : 0;
-	struct kdbus_cmd *cmd;
 	int r;
 
 	endpoint = calloc(1, sizeof(*endpoint));
 	if (!endpoint)
 		return -ENOMEM;
-	endpoint->fd = -1;
+	endpoint->handle = (KdbusHandle)KDBUS_HANDLE_NULL;
 
-	r = kdbus_owner_init(&endpoint->owner);
-	if (r < 0)
+	if ((r = kdbus_owner_init(&endpoint->owner)) < 0 ||
+	    (r = format(&endpoint->handle.path, "%.*s%s", n_directory, bus_path, name)) < 0 ||
+	    (r = kdbus_handle_init_command(&chain, flags, name)) < 0)
 		return r;
 
-	if (asprintf(&endpoint->path, "%.*s%s", n_directory, bus_path, name) < 0) {
-		endpoint->path = NULL;
-		return -ENOMEM;
-	}
-
-	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){ .flags = flags }, sizeof(*cmd))) <
-		    0 ||
-	    (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_MAKE_NAME, name)) < 0)
-		return r;
-
-	endpoint->fd = open_node(bus_path);
-	if (endpoint->fd < 0)
-		return endpoint->fd;
-
-	cmd = (void *)chain.data;
-	cmd->size = chain.size;
-	r = kdbus_ioctl(endpoint->fd, KDBUS_CMD_ENDPOINT_MAKE, cmd);
+	r = kdbus_handle_make(&endpoint->handle, bus_path, KDBUS_CMD_ENDPOINT_MAKE, &chain);
 	if (r < 0)
 		return r;
 
@@ -91,9 +72,8 @@ _public_ struct kdbus_endpoint *kdbus_endpoint_free(struct kdbus_endpoint *endpo
 	if (!endpoint)
 		return NULL;
 
-	safe_close(endpoint->fd);
+	kdbus_handle_deinit(&endpoint->handle);
 	kdbus_owner_deinit(&endpoint->owner);
-	free(endpoint->path);
 	free(endpoint);
 	return NULL;
 }
@@ -106,7 +86,7 @@ _public_ struct kdbus_endpoint *kdbus_endpoint_free(struct kdbus_endpoint *endpo
  */
 _public_ const char *kdbus_endpoint_get_path(const struct kdbus_endpoint *endpoint)
 {
-	return endpoint->path;
+	return endpoint->handle.path;
 }
 
 /**
@@ -117,7 +97,7 @@ _public_ const char *kdbus_endpoint_get_path(const struct kdbus_endpoint *endpoi
  */
 _public_ int kdbus_endpoint_get_fd(const struct kdbus_endpoint *endpoint)
 {
-	return endpoint->fd;
+	return endpoint->handle.fd;
 }
 
 /**
@@ -133,15 +113,12 @@ _public_ int kdbus_endpoint_update(struct kdbus_endpoint *endpoint,
 				   const struct kdbus_policy *policy)
 {
 	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
-	struct kdbus_cmd *cmd;
 	int r;
 
 	if ((r = kdbus_owner_check(&endpoint->owner)) < 0 ||
-	    (r = kdbus_chain_init(&chain, &(struct kdbus_cmd){}, sizeof(*cmd))) < 0 ||
+	    (r = kdbus_chain_init(&chain, &(struct kdbus_cmd){}, sizeof(struct kdbus_cmd))) < 0 ||
 	    (policy && (r = kdbus_chain_append_items(&chain, &policy->items)) < 0))
 		return r;
 
-	cmd = (void *)chain.data;
-	cmd->size = chain.size;
-	return kdbus_ioctl(endpoint->fd, KDBUS_CMD_ENDPOINT_UPDATE, cmd);
+	return kdbus_chain_ioctl(&chain, endpoint->handle.fd, KDBUS_CMD_ENDPOINT_UPDATE);
 }

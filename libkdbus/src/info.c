@@ -106,11 +106,10 @@ _public_ int kdbus_conn_info(struct kdbus_conn *conn, uint64_t id, const char *n
 	    (name && (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_NAME, name)) < 0))
 		return r;
 
-	cmd = (void *)chain.data;
-	cmd->size = chain.size;
-	r = kdbus_conn_ioctl(conn, KDBUS_CMD_CONN_INFO, cmd);
+	r = kdbus_conn_ioctl_chain(conn, KDBUS_CMD_CONN_INFO, &chain);
 	if (r < 0)
 		return r;
+	cmd = (void *)chain.data;
 
 	return info_list_new(listp, conn, cmd->offset, cmd->info_size);
 }

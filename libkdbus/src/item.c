@@ -152,6 +152,21 @@ int kdbus_chain_append_items(KdbusChain *chain, const KdbusChain *items)
 }
 
 /**
+ * kdbus_chain_ioctl() - issue the command that a chain holds
+ * @chain:	command struct, which gets its size here, with items behind it
+ * @fd:		file to issue it on
+ * @code:	KDBUS_CMD_*
+ *
+ * Return: 0 on success, the errno of the command.
+ */
+int kdbus_chain_ioctl(KdbusChain *chain, int fd, unsigned long code)
+{
+	/* every command struct starts with its size */
+	memcpy(chain->data, &(uint64_t){ chain->size }, sizeof(uint64_t));
+	return kdbus_ioctl(fd, code, chain->data);
+}
+
+/**
  * kdbus_items_next() - walk a chain of items
  * @items:	start of the chain
  * @size:	its size

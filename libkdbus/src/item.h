@@ -30,6 +30,7 @@ int kdbus_chain_append_two(KdbusChain *chain, uint64_t type, const void *first, 
 			   const void *second, size_t n_second);
 int kdbus_chain_append_string(KdbusChain *chain, uint64_t type, const char *string);
 int kdbus_chain_append_items(KdbusChain *chain, const KdbusChain *items);
+int kdbus_chain_ioctl(KdbusChain *chain, int fd, unsigned long code);
 
 const struct kdbus_item *kdbus_items_next(const void *items, size_t size,
 					  const struct kdbus_item *item);

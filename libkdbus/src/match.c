@@ -158,16 +158,13 @@ _public_ int kdbus_conn_add_match(struct kdbus_conn *conn, uint64_t cookie, uint
 {
 	struct kdbus_cmd_match head = { .flags = flags, .cookie = cookie };
 	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
-	struct kdbus_cmd_match *cmd;
 	int r;
 
 	if ((r = kdbus_chain_init(&chain, &head, sizeof(head))) < 0 ||
 	    (match && (r = kdbus_chain_append_items(&chain, &match->items)) < 0))
 		return r;
 
-	cmd = (void *)chain.data;
-	cmd->size = chain.size;
-	return kdbus_conn_ioctl(conn, KDBUS_CMD_MATCH_ADD, cmd);
+	return kdbus_conn_ioctl_chain(conn, KDBUS_CMD_MATCH_ADD, &chain);
 }
 
 /**

@@ -11,22 +11,19 @@ static int name_command(struct kdbus_conn *conn, unsigned long code, const char 
 			uint64_t flags, uint64_t *flagsp)
 {
 	_cleanup_(kdbus_chain_deinit) KdbusChain chain = KDBUS_CHAIN_NULL;
-	struct kdbus_cmd *cmd;
+	struct kdbus_cmd head = { .flags = flags };
 	int r;
 
-	if ((r = kdbus_chain_init(&chain, &(struct kdbus_cmd){ .flags = flags }, sizeof(*cmd))) <
-		    0 ||
+	if ((r = kdbus_chain_init(&chain, &head, sizeof(head))) < 0 ||
 	    (r = kdbus_chain_append_string(&chain, KDBUS_ITEM_NAME, name)) < 0)
 		return r;
 
-	cmd = (void *)chain.data;
-	cmd->size = chain.size;
-	r = kdbus_conn_ioctl(conn, code, cmd);
+	r = kdbus_conn_ioctl_chain(conn, code, &chain);
 	if (r < 0)
 		return r;
 
 	if (flagsp)
-		*flagsp = cmd->return_flags;
+		*flagsp = ((const struct kdbus_cmd *)chain.data)->return_flags;
 	return 0;
 }
 

@@ -7,13 +7,16 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdarg.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
 #define _cleanup_(_x) __attribute__((__cleanup__(_x)))
+#define _printf_(_text, _first) __attribute__((__format__(printf, _text, _first)))
 #define _public_ __attribute__((__visibility__("default")))
 
 static inline uint64_t align8(uint64_t n)
@@ -49,6 +52,21 @@ static inline void copy_shared(void *to, const void *from, size_t size)
 {
 	memcpy(to, from, size);
 	__asm__ volatile("" : : : "memory");
+}
+
+/* asprintf() that says nothing of the length, and leaves NULL on failure */
+_printf_(2, 3) static inline int format(char **stringp, const char *text, ...)
+{
+	va_list arguments;
+	int n;
+
+	va_start(arguments, text);
+	n = vasprintf(stringp, text, arguments);
+	va_end(arguments);
+	if (n >= 0)
+		return 0;
+	*stringp = NULL;
+	return -ENOMEM;
 }
 
 /* A node, close-on-exec: for reading only where it is mounted read-only, as a
