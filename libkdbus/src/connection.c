@@ -7,7 +7,7 @@
 #include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
-#include "connection.h"
+#include "command.h"
 #include "deadline.h"
 #include "item.h"
 #include "policy.h"
@@ -51,17 +51,41 @@ int kdbus_conn_ioctl_chain(const struct kdbus_conn *conn, unsigned long code, Kd
 }
 
 /**
- * kdbus_conn_free_slice() - give a slice back
+ * kdbus_conn_copy_slice() - copy a slice to the heap, and free it
  * @conn:	connection to use
  * @offset:	where the slice starts
+ * @size:	bytes
+ * @n_front:	bytes to leave in front of the copy
+ * @copyp:	the memory, which belongs to the caller
  *
- * Return: 0 on success, -ENXIO if there is none, -ECHILD.
+ * The slice is freed on failure too, unless it is not in the pool.
+ *
+ * Return: 0 on success, -EBADMSG if the slice is not in the pool, -ENOMEM, the
+ *         errno of the command.
  */
-int kdbus_conn_free_slice(struct kdbus_conn *conn, uint64_t offset)
+int kdbus_conn_copy_slice(struct kdbus_conn *conn, uint64_t offset, uint64_t size, size_t n_front,
+			  void *copyp)
 {
-	struct kdbus_cmd_free cmd = { .size = sizeof(cmd), .offset = offset };
+	_cleanup_(freep) uint8_t *copy = NULL;
+	int r;
 
-	return kdbus_conn_ioctl(conn, KDBUS_CMD_FREE, &cmd);
+	if (offset > conn->pool_size || size > conn->pool_size - offset)
+		return -EBADMSG;
+
+	copy = malloc(n_front + size ?: 1);
+	if (copy)
+		copy_shared(copy + n_front, conn->pool + offset, size);
+
+	r = kdbus_command_free(conn, offset);
+	if (!copy)
+		return -ENOMEM;
+	/* policy holders may not free */
+	if (r < 0 && r != -EOPNOTSUPP)
+		return r;
+
+	*(void **)copyp = copy;
+	copy = NULL;
+	return 0;
 }
 
 /**
@@ -121,7 +145,7 @@ static void slice_give_back(KdbusSlice *slice)
 	pthread_mutex_unlock(&conn->slice_lock);
 
 	if (!closed)
-		kdbus_conn_free_slice(conn, slice->offset);
+		kdbus_command_free(conn, slice->offset);
 }
 
 /**
@@ -167,15 +191,12 @@ static int conn_read_bloom(struct kdbus_conn *conn, uint64_t offset, uint64_t si
 {
 	_cleanup_(freep) void *items = NULL;
 	const struct kdbus_item *item;
+	int r;
 
-	if (offset > conn->pool_size || size > conn->pool_size - offset)
-		return -EBADMSG;
+	r = kdbus_conn_copy_slice(conn, offset, size, 0, &items);
+	if (r < 0)
+		return r;
 
-	items = malloc(size ?: 1);
-	if (!items)
-		return -ENOMEM;
-
-	copy_shared(items, conn->pool + offset, size);
 	item = kdbus_items_find(items, size, KDBUS_ITEM_BLOOM_PARAMETER);
 	if (item && kdbus_item_get_payload_size(item) == sizeof(conn->bloom))
 		conn->bloom = item->bloom_parameter;
@@ -227,13 +248,7 @@ static int conn_hello(struct kdbus_conn *conn, const struct kdbus_conn_options *
 	conn->bus_flags = cmd->bus_flags;
 	memcpy(conn->bus_id, cmd->id128, sizeof(conn->bus_id));
 
-	r = conn_read_bloom(conn, cmd->offset, cmd->items_size);
-	if (r < 0)
-		return r;
-
-	/* policy holders may not free */
-	r = kdbus_conn_free_slice(conn, cmd->offset);
-	return r == -EOPNOTSUPP ? 0 : r;
+	return conn_read_bloom(conn, cmd->offset, cmd->items_size);
 }
 
 /**

@@ -63,7 +63,8 @@ struct kdbus_conn {
 
 int kdbus_conn_ioctl(const struct kdbus_conn *conn, unsigned long code, void *cmd);
 int kdbus_conn_ioctl_chain(const struct kdbus_conn *conn, unsigned long code, KdbusChain *chain);
-int kdbus_conn_free_slice(struct kdbus_conn *conn, uint64_t offset);
+int kdbus_conn_copy_slice(struct kdbus_conn *conn, uint64_t offset, uint64_t size, size_t n_front,
+			  void *copyp);
 
 void kdbus_slice_link(KdbusSlice *slice, struct kdbus_conn *conn, uint64_t offset, uint64_t size);
 void kdbus_slice_unlink(KdbusSlice *slice);

@@ -31,27 +31,17 @@ static int check_records(const struct kdbus_info_list *list)
 	return end >= list->size ? 0 : -EBADMSG;
 }
 
-/* copy the slice, and free it whatever happens */
 static int info_list_new(struct kdbus_info_list **listp, struct kdbus_conn *conn, uint64_t offset,
 			 uint64_t size)
 {
 	_cleanup_(kdbus_info_list_freep) struct kdbus_info_list *list = NULL;
-	int r = 0;
+	int r;
 
-	if (offset > conn->pool_size || size > conn->pool_size - offset)
-		return -EBADMSG;
-
-	list = malloc(sizeof(*list) + size);
-	if (list) {
-		list->size = size;
-		copy_shared(list->records, conn->pool + offset, size);
-	}
-	r = kdbus_conn_free_slice(conn, offset);
-	if (!list)
-		return -ENOMEM;
+	r = kdbus_conn_copy_slice(conn, offset, size, sizeof(*list), &list);
 	if (r < 0)
 		return r;
 
+	list->size = size;
 	r = check_records(list);
 	if (r < 0)
 		return r;

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include "command.h"
 #include "message.h"
 #include "util.h"
 
@@ -186,7 +187,7 @@ int kdbus_message_new_from_slice(struct kdbus_message **messagep, struct kdbus_c
 
 	message = calloc(1, sizeof(*message));
 	if (!message) {
-		kdbus_conn_free_slice(conn, info->offset);
+		kdbus_command_free(conn, info->offset);
 		return -ENOMEM;
 	}
 

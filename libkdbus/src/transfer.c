@@ -3,30 +3,9 @@
  * Messages in and out
  */
 
-#include <kdbus/extension.h>
-#include <string.h>
+#include "command.h"
 #include "message.h"
 #include "util.h"
-
-typedef struct SendCommand SendCommand;
-
-/* SEND with room for a cancel descriptor */
-struct SendCommand {
-	struct kdbus_cmd_send cmd;
-	struct {
-		uint64_t size;
-		uint64_t type;
-		int fd;
-	} cancel;
-};
-
-static int conn_send(struct kdbus_conn *conn, SendCommand *send, struct kdbus_msg *msg)
-{
-	unsigned long code = conn->fd_socket.fd >= 0 ? KDBUSFS_CMD_SEND : KDBUS_CMD_SEND;
-
-	send->cmd.msg_address = (uintptr_t)msg;
-	return kdbus_conn_ioctl(conn, code, send);
-}
 
 static void message_number(struct kdbus_message *message, struct kdbus_conn *conn)
 {
@@ -52,7 +31,6 @@ static void message_number(struct kdbus_message *message, struct kdbus_conn *con
  */
 _public_ int kdbus_conn_send(struct kdbus_conn *conn, struct kdbus_message *message)
 {
-	SendCommand send = { .cmd.size = sizeof(send.cmd) };
 	struct kdbus_msg *msg;
 	int r;
 
@@ -61,7 +39,7 @@ _public_ int kdbus_conn_send(struct kdbus_conn *conn, struct kdbus_message *mess
 	r = kdbus_message_build(message, &msg);
 	if (r < 0)
 		return r;
-	return conn_send(conn, &send, msg);
+	return kdbus_command_send(conn, msg);
 }
 
 /**
@@ -80,18 +58,9 @@ _public_ int kdbus_conn_send(struct kdbus_conn *conn, struct kdbus_message *mess
 _public_ int kdbus_conn_call(struct kdbus_conn *conn, struct kdbus_message *message,
 			     uint64_t deadline, int cancel_fd, struct kdbus_message **replyp)
 {
-	SendCommand send = {
-		.cmd.size = sizeof(send.cmd),
-		.cmd.flags = KDBUS_SEND_SYNC_REPLY,
-		.cancel.size = offsetof(struct kdbus_item, data) + sizeof(int),
-		.cancel.type = KDBUS_ITEM_CANCEL_FD,
-		.cancel.fd = cancel_fd,
-	};
+	struct kdbus_msg_info reply;
 	struct kdbus_msg *msg;
 	int r;
-
-	if (cancel_fd >= 0)
-		send.cmd.size += send.cancel.size;
 
 	message_number(message, conn);
 	r = kdbus_message_build(message, &msg);
@@ -101,11 +70,11 @@ _public_ int kdbus_conn_call(struct kdbus_conn *conn, struct kdbus_message *mess
 	msg->flags |= KDBUS_MSG_EXPECT_REPLY;
 	/* what is later than this has passed, to kdbus */
 	msg->timeout_ns = deadline > INT64_MAX ? INT64_MAX : deadline;
-	r = conn_send(conn, &send, msg);
+	r = kdbus_command_call(conn, msg, cancel_fd, &reply);
 	message->resume = r == -EINTR;
 	if (r < 0)
 		return r;
-	return kdbus_message_new_from_slice(replyp, conn, &send.cmd.reply);
+	return kdbus_message_new_from_slice(replyp, conn, &reply);
 }
 
 /**
@@ -141,23 +110,6 @@ static int conn_lock_queue(struct kdbus_conn *conn, int (*lock)(pthread_rwlock_t
 	return 0;
 }
 
-static int conn_recv(struct kdbus_conn *conn, uint64_t flags, int64_t priority,
-		     struct kdbus_msg_info *infop)
-{
-	struct kdbus_cmd_recv cmd = { .size = sizeof(cmd), .flags = flags, .priority = priority };
-	int r;
-
-	r = kdbus_conn_ioctl(conn, conn->fd_socket.fd >= 0 ? KDBUSFS_CMD_RECV : KDBUS_CMD_RECV,
-			     &cmd);
-	if ((r == 0 || r == -EAGAIN) && cmd.return_flags & KDBUS_RECV_RETURN_DROPPED_MSGS)
-		atomic_fetch_add(&conn->n_lost, cmd.dropped_msgs);
-	if (r < 0)
-		return r;
-
-	*infop = cmd.msg;
-	return 0;
-}
-
 static int conn_recv_message(struct kdbus_conn *conn, uint64_t flags, int64_t priority,
 			     struct kdbus_message **messagep)
 {
@@ -168,7 +120,7 @@ static int conn_recv_message(struct kdbus_conn *conn, uint64_t flags, int64_t pr
 	if (r < 0)
 		return r;
 
-	r = conn_recv(conn, flags, priority, &info);
+	r = kdbus_command_recv(conn, flags, priority, &info);
 	pthread_rwlock_unlock(&conn->queue_lock);
 	if (r < 0)
 		return r;
@@ -186,20 +138,10 @@ static int conn_peek_message(struct kdbus_conn *conn, uint64_t flags, int64_t pr
 	if (r < 0)
 		return r;
 
-	r = conn_recv(conn, KDBUS_RECV_PEEK | flags, priority, &info);
-	if (r == 0) {
-		if (info.offset > conn->pool_size ||
-		    info.msg_size > conn->pool_size - info.offset) {
-			r = -EBADMSG;
-		} else {
-			copy = malloc(info.msg_size);
-			if (copy)
-				copy_shared(copy, conn->pool + info.offset, info.msg_size);
-			/* this frees nothing: the message keeps its slice */
-			kdbus_conn_free_slice(conn, info.offset);
-			r = copy ? 0 : -ENOMEM;
-		}
-	}
+	r = kdbus_command_recv(conn, KDBUS_RECV_PEEK | flags, priority, &info);
+	/* this frees nothing: the message keeps its slice */
+	if (r == 0)
+		r = kdbus_conn_copy_slice(conn, info.offset, info.msg_size, 0, &copy);
 	pthread_rwlock_unlock(&conn->queue_lock);
 	if (r < 0)
 		return r;
@@ -276,7 +218,7 @@ _public_ int kdbus_conn_drop(struct kdbus_conn *conn)
 	if (r < 0)
 		return r;
 
-	r = conn_recv(conn, KDBUS_RECV_DROP, 0, &info);
+	r = kdbus_command_recv(conn, KDBUS_RECV_DROP, 0, &info);
 	pthread_rwlock_unlock(&conn->queue_lock);
 	return r;
 }
