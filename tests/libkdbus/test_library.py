@@ -71,6 +71,17 @@ def test_exactly_what_the_header_says_is_exported(built: Path) -> None:
     assert found == {"LIBKDBUS_0"} | {f"{name}@@LIBKDBUS_0" for name in public_functions()}
 
 
+def test_each_command_is_issued_in_one_place() -> None:
+    """So a message, however it is sent or received, and each slice takes the same way."""
+    places: dict[str, list[str]] = {}
+    for source in sorted((LIBKDBUS / "src").glob("*.c")):
+        code = re.sub(r"/\*.*?\*/", "", source.read_text(), flags=re.DOTALL)
+        for command in re.findall(r"\bKDBUS(?:FS)?_CMD_\w+", code):
+            places.setdefault(command, []).append(source.name)
+    assert {command: where for command, where in places.items() if len(where) > 1} == {}
+    assert places["KDBUS_CMD_SEND"] == places["KDBUS_CMD_RECV"] == places["KDBUS_CMD_FREE"]
+
+
 def test_the_archive_keeps_to_its_prefix(built: Path) -> None:
     table = run("nm", "--extern-only", "--defined-only", built / "libkdbus.a")
     names = [line.split()[2] for line in table.splitlines() if len(line.split()) == 3]

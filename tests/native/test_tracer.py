@@ -18,12 +18,13 @@ SKIPPED = 77
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The compiled test program."""
+    """The compiled test program, which ends at any error in memory or arithmetic."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
     path = tmp_path_factory.mktemp("native") / "test-tracer"
-    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
+    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     subprocess.run([compiler, *flags, str(SOURCE), *map(str, CODE), "-o", str(path)], check=True)
     return path
 
