@@ -149,7 +149,10 @@ typedef union TracerRoom {
 
 _Static_assert(sizeof(TracerRoom) == KDBUSFS_MIN_ROOM, "the room takes a header");
 
-/* Descriptors per datagram. What the kernel writes to a header it has read is behind the control message. */
+/*
+ * Descriptors per datagram. What the kernel writes to a header it has read is behind the control
+ * message.
+ */
 #define TRACER_CHUNK ((offsetof(struct msghdr, msg_controllen) - CMSG_LEN(0)) / sizeof(int32_t))
 
 /**
@@ -272,7 +275,9 @@ static void tracer_set_signal(bool on)
 	pthread_sigmask(on ? SIG_UNBLOCK : SIG_BLOCK, &set, NULL);
 }
 
-/* Fetch /proc/TID/status. The lock that execve() holds while it closes files is not needed for it. */
+/*
+ * Fetch /proc/TID/status. The lock that execve() holds while it closes files is not needed for it.
+ */
 static int status_read(pid_t tid, char *buffer, size_t size)
 {
 	_cleanup_(closep) int fd = -1;
@@ -480,7 +485,10 @@ static int target_go_to_entry(TracerTarget *t)
 	}
 }
 
-/* Make the call at whose entry the thread stands another one, which ends with the registers of its own. */
+/*
+ * Make the call at whose entry the thread stands another one, which ends with the registers of its
+ * own.
+ */
 static int target_run(TracerTarget *t, long *resultp, long nr, const uint64_t *args)
 {
 	struct __ptrace_syscall_info info;
@@ -555,7 +563,9 @@ static int target_call(TracerTarget *t, long *resultp, long nr, uint64_t a, uint
 	target_call(_t, _resultp, _nr, _a, _b, _c, _d, _e, _f)
 #define TARGET_CALL(_t, _resultp, ...) TARGET_CALL_6(_t, _resultp, __VA_ARGS__, 0, 0, 0, 0, 0, 0)
 
-/* Fetch the seccomp filters. That takes CAP_SYS_ADMIN and a kernel with CONFIG_CHECKPOINT_RESTORE. */
+/*
+ * Fetch the seccomp filters. That takes CAP_SYS_ADMIN and a kernel with CONFIG_CHECKPOINT_RESTORE.
+ */
 static int target_get_filters(TracerTarget *t)
 {
 	size_t n_instructions = 0;
@@ -579,7 +589,10 @@ static int target_get_filters(TracerTarget *t)
 	}
 }
 
-/* Would all calls that are needed be allowed? Which numbers descriptors have, filters do not care about. */
+/*
+ * Would all calls that are needed be allowed? Which numbers descriptors have, filters do not care
+ * about.
+ */
 static bool target_may_install(TracerTarget *t)
 {
 	const uint64_t any[6] = {}, socket[6] = { AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC };
@@ -650,7 +663,10 @@ static void target_deinit(TracerTarget *t)
 
 #define TRACER_CARRIER_NULL { .number = -1, .fd = -1 }
 
-/* Leave the close of a descriptor that may wait to those who may. One too many is kept open: there are none. */
+/*
+ * Leave the close of a descriptor that may wait to those who may. One too many is kept open: there
+ * are none.
+ */
 static void tracer_stray(Tracer *tracer, int fd)
 {
 	if (tracer->n_strays < KDBUSFS_MAX_STRAYS)
@@ -1334,7 +1350,10 @@ static void *tracer_main(void *userdata)
 	pthread_mutex_unlock(&tracer->lock);
 	pthread_cond_broadcast(&tracer->moved);
 
-	/* the end of this thread detaches what is still attached, running or not, without losing a signal */
+	/*
+	 * the end of this thread detaches what is still attached, running or not, without losing a
+	 * signal
+	 */
 	tracer_unref(tracer);
 	tracer_drop_slot();
 	return NULL;
@@ -1441,7 +1460,10 @@ static void tracer_look(Tracer *tracer, pthread_t thread)
 	}
 }
 
-/* Wait until something has moved, or the tracing thread, which has limits of its own, is long overdue. */
+/*
+ * Wait until something has moved, or the tracing thread, which has limits of its own, is long
+ * overdue.
+ */
 static void tracer_wait_for_move(Tracer *tracer, uint64_t until_ns)
 {
 	const struct timespec until = { until_ns / TRACER_SECOND, until_ns % TRACER_SECOND };

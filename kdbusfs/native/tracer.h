@@ -37,7 +37,10 @@
  *   any error of write(2) to @device, -EIO for a short one
  */
 
-/* The sizes of the structs of KDBUS_CMD_SEND and KDBUS_CMD_RECV. The first is that of a struct msghdr, too. */
+/*
+ * The sizes of the structs of KDBUS_CMD_SEND and KDBUS_CMD_RECV. The first is that of a struct
+ * msghdr, too.
+ */
 #define KDBUSFS_MIN_ROOM 56
 #define KDBUSFS_MAX_ROOM 64
 #define KDBUSFS_MAX_STRAYS 8

@@ -252,7 +252,9 @@ static void client_new(Client *client)
 	client_shared = client->shared;
 }
 
-/* The vfork child outlives a client that is killed, and ends when nobody can write to it any more. */
+/*
+ * The vfork child outlives a client that is killed, and ends when nobody can write to it any more.
+ */
 static pid_t client_fork(Client *client)
 {
 	pid_t pid = fork();
@@ -459,7 +461,10 @@ static int test_nofile_limit(void)
 	BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (_nr), 0, 1), \
 		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS)
 
-/* Each call that is needed is one that the filter may deny. Then none is made, or the thread would be killed. */
+/*
+ * Each call that is needed is one that the filter may deny. Then none is made, or the thread would
+ * be killed.
+ */
 static int test_seccomp(void)
 {
 	static const int denied[] = { SYS_mkdirat, SYS_socket, SYS_recvmsg, SYS_recvfrom,
@@ -503,7 +508,10 @@ static int test_seccomp(void)
 	return 0;
 }
 
-/* No room below the stack pointer, none that is writable, no stack at all; and what is there stays as it is. */
+/*
+ * No room below the stack pointer, none that is writable, no stack at all; and what is there stays
+ * as it is.
+ */
 static int test_stack(void)
 {
 	int32_t fds[40];
@@ -545,7 +553,10 @@ static int test_stack(void)
 	return 0;
 }
 
-/* Those sent before, while it is held and stopped, and a mask that is not empty: none is lost, each comes once, in order. */
+/*
+ * Those sent before, while it is held and stopped, and a mask that is not empty: none is lost, each
+ * comes once, in order.
+ */
 static int test_signals(void)
 {
 	struct kdbusfs_install install;
@@ -710,7 +721,10 @@ static int test_errors(void)
 	return 0;
 }
 
-/* The reply is written, but the call does not end until later: it is let go, and nothing is installed. */
+/*
+ * The reply is written, but the call does not end until later: it is let go, and nothing is
+ * installed.
+ */
 static int test_timeout(void)
 {
 	struct kdbusfs_install install;
@@ -805,7 +819,10 @@ static uint8_t *make_code(void)
 	return code;
 }
 
-/* held_call() by the instruction at @code. The child must not write to the stack, which is the parent's. */
+/*
+ * held_call() by the instruction at @code. The child must not write to the stack, which is the
+ * parent's.
+ */
 static long held_call_by(const uint8_t *code, int input)
 {
 	long r;

@@ -5,49 +5,53 @@
 /*
  * Commands of kdbusfs that kdbus did not have
  *
- * A filesystem in user space can't install descriptors in the process that
- * calls it. It can do so by force (it stops the thread on its way out and makes
- * it receive them), which costs time and is not always allowed. A client that
- * knows of these commands hands over one end of a socket pair once, and gets
- * descriptors through it.
+ * A filesystem in user space cannot simply install descriptors in the process
+ * that calls it. It can force them on it (it stops the thread before its call
+ * returns and makes it receive them), but that costs time and is not always
+ * allowed. A client that knows these commands hands over one end of a socket
+ * pair once per connection, and receives its descriptors through the other end.
  *
- * They also encode the direction in which the struct really travels, which
- * spares the daemon from fetching or storing it in the caller's memory.
+ * The numbers of these commands also say in which direction the struct is
+ * copied. So the kernel copies it, and the daemon need not read or write the
+ * memory of the caller.
  *
- * Anywhere else they are refused with ENOTTY, as any unknown ioctl is. The plain
- * commands then do.
+ * Everything but kdbusfs refuses them with ENOTTY, as any unknown ioctl. Use the
+ * plain commands then.
  */
 
 #include <linux/kdbus.h>
 
 /*
- * Hand over one end of socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC) on a
- * connection. The daemon keeps a duplicate, so the caller closes its copy.
- * Again on the same connection: replaces the earlier one.
+ * KDBUSFS_CMD_FD_SOCKET, on a connection: hand over one end of
+ * socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC). The daemon keeps a
+ * duplicate, so the caller closes its copy. Issued again on the same connection,
+ * it replaces the earlier socket.
  */
 struct kdbusfs_cmd_fd_socket {
 	__u64 size;
-	__u64 flags; /* none are known */
+	__u64 flags; /* there are none yet */
 	__u64 return_flags;
 	__s32 fd;
 	__u32 __pad;
 } __attribute__((__aligned__(8)));
 
 /*
- * The data of a packet on that socket; the descriptors are its SCM_RIGHTS:
- * those of the message's KDBUS_ITEM_FDS in order, then one for each of its
- * KDBUS_ITEM_PAYLOAD_MEMFD in item order. Their numbers in the slice are -1.
- * A connection without KDBUS_HELLO_ACCEPT_FD (only a monitor gets messages with
- * descriptors then) gets the memfds alone. The packet is there before the ioctl
- * returns, and only if there are any.
+ * One packet on that socket. This struct is its data. Its SCM_RIGHTS are the
+ * descriptors of one message: those of KDBUS_ITEM_FDS in order, then one for each
+ * KDBUS_ITEM_PAYLOAD_MEMFD in the order of the items. In the slice, the items
+ * have -1 in place of their numbers. A connection without KDBUS_HELLO_ACCEPT_FD
+ * receives the memfds alone; only a monitor receives such messages then. The
+ * packet is in the socket before the ioctl returns. A message without descriptors
+ * has no packet.
  *
- * Some files can't be sent over a socket: an io_uring, or one that a security module denies. If
- * there are any, KDBUSFS_FD_PACKET_LOST is set in n_fds, and struct kdbusfs_fd_packet_lost is the
- * data: bit n of lost stands for the nth descriptor, which is not among those of the packet.
+ * Some files cannot be sent over a socket: an io_uring, or one that a security
+ * module denies. If the message has any, KDBUSFS_FD_PACKET_LOST is set in n_fds,
+ * and the data is struct kdbusfs_fd_packet_lost. Bit n of lost, counted from 0,
+ * is set if descriptor n is not in the packet.
  */
 struct kdbusfs_fd_packet {
-	__u64 offset; /* of the slice that they belong to */
-	__u64 n_fds;  /* all of them, lost or not */
+	__u64 offset; /* in bytes, of the message's slice in the pool */
+	__u64 n_fds;  /* number of descriptors, lost or not */
 } __attribute__((__aligned__(8)));
 
 struct kdbusfs_fd_packet_lost {

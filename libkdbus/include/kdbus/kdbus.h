@@ -5,14 +5,16 @@
 /*
  * libkdbus: a client of kdbus
  *
- * A thin layer over the ioctls of <linux/kdbus.h>: it keeps the pool, the
- * slices and the descriptors of a connection in order, and leaves what a
- * message means to its user.
+ * A thin layer over the ioctls of <linux/kdbus.h>. It manages the pool, the
+ * slices and the descriptors of a connection. What a message means is up to the
+ * program.
  *
- * Rules that hold for all of it:
+ * Rules for all functions:
  *
- *  - A function that returns int returns 0, or a negative errno as kdbus gave
- *    it. Nothing is printed, nothing is global.
+ *  - A function that returns int returns 0, or a negative errno, which is the
+ *    one of kdbus if a command failed. Nothing is printed, and there is no
+ *    global state.
+ *  - Sizes are in bytes.
  *  - Parameters that end in p are results. They are set on success only, and
  *    those named optional may be NULL.
  *  - _new() makes an object and _free() ends it; _free() takes NULL, and always
@@ -27,15 +29,16 @@
  * object is to be used by one thread at a time.
  *
  * Processes: connections and custom endpoints belong to the process that made
- * them. In one that was forked from it, every function that would have the bus
- * do something for them, or wait for it, returns -ECHILD and does nothing
- * (kdbus_conn_take_lost(): 0). What is known can still be asked for, messages
- * that were received can be read as long as the parent keeps them, and _free()
- * gives back memory and descriptors of the child alone, whatever threads of the
- * parent were doing meanwhile. Children that share the memory of their parent,
- * as after vfork(), are one with it. A file lives until the last process that
- * has it closes it: a child that goes on without execve() should free what it
- * inherited, or the parent's connections and buses will not end before it.
+ * them. In a child that was forked from it, every function that would issue a
+ * command or wait returns -ECHILD and does nothing (kdbus_conn_take_lost()
+ * returns 0). The getters still work. Messages that were received can be read as
+ * long as the parent keeps them. _free() releases memory and descriptors of the
+ * child alone, whatever the threads of the parent were doing at the fork. A child
+ * that shares the memory of its parent, as after vfork(), counts as its parent.
+ *
+ * A connection or bus ends when the last process that has its file closes it. So
+ * a child that goes on without execve() should free what it inherited, or it
+ * keeps the connections and buses of its parent alive.
  */
 
 #ifdef __cplusplus

@@ -107,7 +107,10 @@ static void *receive(void *unused)
 	return NULL;
 }
 
-/* Only what `receive` needs itself, and the first calls if @strict is 0; anything else kills the process. */
+/*
+ * Only what `receive` needs itself, and the first calls if @strict is 0; anything else kills the
+ * process.
+ */
 static int lock_up(int strict)
 {
 	static const int allowed[] = {

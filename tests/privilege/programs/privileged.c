@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Stands for any setuid program: says who it is, after a moment in which it could be tampered with. */
+/*
+ * Stands for any setuid program: says who it is, after a moment in which it could be tampered with.
+ */
 #include <stdio.h>
 #include <time.h>
 #include <unistd.h>
