@@ -16,6 +16,7 @@ COMPILED = [
     "kdbusfs/bus/call.py",
     "kdbusfs/bus/commands.py",
     "kdbusfs/bus/connection.py",
+    "kdbusfs/bus/exchange.py",
     "kdbusfs/bus/handle.py",
     "kdbusfs/bus/listing.py",
     "kdbusfs/bus/message.py",

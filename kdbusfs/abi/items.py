@@ -11,7 +11,7 @@ from errno import EBADF, EINVAL, ENAMETOOLONG
 from typing import NamedTuple
 
 from .errors import CommandError
-from .numbers import ItemType, Limit
+from .numbers import ExtensionItemType, ItemType, Limit
 from .structs import (
     BLOOM_PARAMETER,
     CREDS,
@@ -72,7 +72,7 @@ def _multiple_of(n: int) -> Callable[[Buffer, int, int], None]:
 
 def _check_vec(data: Buffer, start: int, size: int) -> None:
     if size != _VEC_SIZE or not _unpack_vec(data, start)[0]:
-        raise CommandError(EINVAL, "malformed PAYLOAD_VEC")
+        raise CommandError(EINVAL, "malformed payload item")
 
 
 def _check_memfd(data: Buffer, start: int, size: int) -> None:
@@ -112,7 +112,7 @@ def _check_name_change(data: Buffer, start: int, size: int) -> None:
         _check_string(data, start + NAME_CHANGE.size, size - NAME_CHANGE.size)
 
 
-_CHECKS: dict[ItemType, Callable[[Buffer, int, int], None] | None] = {
+_CHECKS: dict[ItemType | ExtensionItemType, Callable[[Buffer, int, int], None] | None] = {
     ItemType.NEGOTIATE: _multiple_of(U64.size),
     ItemType.PAYLOAD_VEC: _check_vec,
     ItemType.PAYLOAD_MEMFD: _check_memfd,
@@ -138,12 +138,13 @@ _CHECKS: dict[ItemType, Callable[[Buffer, int, int], None] | None] = {
     ItemType.NAME_CHANGE: _check_name_change,
     ItemType.ID_ADD: _exactly(ID_CHANGE.size),
     ItemType.ID_REMOVE: _exactly(ID_CHANGE.size),
+    ExtensionItemType.PAYLOAD_INLINE: _check_vec,
 }
 
 
 def item_rules(
     single: Iterable[ItemType] = (),
-    repeated: Iterable[ItemType] = (),
+    repeated: Iterable[ItemType | ExtensionItemType] = (),
     mandatory: Iterable[ItemType] = (),
 ) -> dict[int, ItemRule]:
     """Say which items a command takes; NEGOTIATE is taken by every one."""

@@ -44,6 +44,25 @@ class ExtensionCommand(IntEnum):
     FD_SOCKET = 0x402095F0
     RECV = 0xC04095F1
     SEND = 0xC03895F2
+    EXCHANGE = 0xC04895F3
+    """Its size is that of the block; this is the number for the smallest."""
+
+
+EXCHANGE_MASK = ~(0x3FFF << 16)
+"""What remains of the number of an EXCHANGE, without its size."""
+
+
+class ExtensionItemType(IntEnum):
+    """KDBUSFS_ITEM_*: items of kdbusfs alone (kdbus/extension.h)."""
+
+    PAYLOAD_INLINE = 0x0FF0
+
+
+class ExchangeFlag(IntFlag):
+    """KDBUSFS_EXCHANGE_*: flags of EXCHANGE."""
+
+    WAIT = 1
+    CALL = 2
 
 
 class ItemType(IntEnum):

@@ -12,8 +12,11 @@ from typing import NamedTuple
 from . import structs
 from .items import ItemRule, item_rules
 from .numbers import (
+    EXCHANGE_MASK,
     Command,
+    ExchangeFlag,
     ExtensionCommand,
+    ExtensionItemType,
     HelloFlag,
     ItemType,
     ListFlag,
@@ -47,6 +50,8 @@ class CommandSpec(NamedTuple):
     """Which bytes of the struct a command that succeeds gives back: from return_flags to here."""
     msg_return_flags: int
     """Where the return_flags of a message that is handed over stand, 0 where none is."""
+    is_block: bool = False
+    """Whether what follows the struct is no items, and all of it comes with the request."""
 
 
 def _spec(
@@ -88,6 +93,11 @@ MESSAGE = _spec(
     ),
 )
 """struct kdbus_msg as SEND finds it at msg_address."""
+
+EXCHANGE_MESSAGE = MESSAGE._replace(
+    items=MESSAGE.items | item_rules(repeated=(ExtensionItemType.PAYLOAD_INLINE,))
+)
+"""The same in the block of an EXCHANGE."""
 
 _SEND = _spec(
     "SEND",
@@ -186,4 +196,15 @@ COMMAND_SPECS: dict[int, CommandSpec] = {
     ExtensionCommand.FD_SOCKET: _spec("FD_SOCKET", structs.CMD_FD_SOCKET),
     ExtensionCommand.RECV: _RECV._replace(name="RECV+"),
     ExtensionCommand.SEND: _SEND._replace(name="SEND+"),
+    ExtensionCommand.EXCHANGE: _spec("EXCHANGE", structs.CMD_EXCHANGE, _all(ExchangeFlag))._replace(
+        is_block=True
+    ),
 }
+
+
+def find_command(code: int) -> int:
+    """The command that an ioctl has the number of: for an EXCHANGE, whose number says the size of
+    its block, that of the smallest."""
+    if code & EXCHANGE_MASK == ExtensionCommand.EXCHANGE & EXCHANGE_MASK:
+        return ExtensionCommand.EXCHANGE
+    return code

@@ -67,6 +67,14 @@ CMD_MATCH_COOKIE: Final = 24
 CMD_FD_SOCKET = Struct("=QQQiI")
 """struct kdbusfs_cmd_fd_socket: size, flags, return_flags, fd, padding."""
 CMD_FD_SOCKET_FD: Final = 24
+CMD_EXCHANGE = Struct("=QQQQQIIIIIIii")
+"""struct kdbusfs_cmd_exchange: size, flags, return_flags, deadline_ns, dropped_msgs, n_free,
+n_freed, n_send, n_sent, n_recv, n_received, cancel_fd, fd_socket."""
+CMD_EXCHANGE_DROPPED_MSGS: Final = 32
+CMD_EXCHANGE_N_FREED: Final = 44
+CMD_EXCHANGE_N_SENT: Final = 52
+CMD_EXCHANGE_N_RECEIVED: Final = 60
+CMD_EXCHANGE_FD_SOCKET: Final = 68
 
 MSG = Struct("=QQqQQQQQ")
 """struct kdbus_msg: size, flags, priority, dst_id, src_id, payload_type, cookie, and timeout_ns or

@@ -117,6 +117,8 @@ class Bus:
             connection.abandon(call)
         for listing in list(connection.listings):
             listing.abort()
+        for waiter in list(connection.waiters):
+            waiter.end(ECONNRESET)
         self.policy.remove(connection)
         del self.connections[connection.id]
         del connection.endpoint.connections[connection]
@@ -425,11 +427,13 @@ class Bus:
         reply.requester.complete(call, error, answer)
 
     def interrupt(self, call: Call) -> None:
-        """A signal ends the wait of *call* with EINTR; the same call again resumes it. A LIST is
-        not for long, and goes on to its end."""
-        reply: Reply | None = call.wait
-        if reply is None:
-            return
+        """A signal ends the wait of *call* with EINTR, unless it is a LIST, which is not for long
+        and goes on to its end."""
+        if call.wait is not None:
+            call.wait.interrupt()
+
+    def suspend(self, reply: Reply, call: Call) -> None:
+        """A signal has interrupted *call*, which waits for *reply*."""
         reply.end_watch()
         reply.call = None
         older = reply.requester.suspended.get(reply.cookie)
@@ -531,6 +535,8 @@ class Bus:
             connection.abandon(call)
         for listing in list(connection.listings):
             listing.abort()
+        for waiter in list(connection.waiters):
+            waiter.end(ECONNRESET)
         connection.lost = 0
         connection.wake()
         yield

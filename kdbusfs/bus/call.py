@@ -10,14 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from errno import EFAULT, EINVAL, EMSGSIZE
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..abi.errors import CommandError, Fault
 from ..abi.items import Buffer, Item, walk
 from ..abi.numbers import FLAG_NEGOTIATE, ItemType, Limit
 from ..abi.specs import RETURN_FLAGS, CommandSpec
-from ..abi.structs import CMD_FLAGS, CMD_RETURN_FLAGS, U64
+from ..abi.structs import (
+    CMD_EXCHANGE,
+    CMD_EXCHANGE_N_RECEIVED,
+    CMD_FLAGS,
+    CMD_RETURN_FLAGS,
+    CMD_SEND_REPLY,
+    MSG_INFO,
+    U32,
+    U64,
+)
 from .peer import Peer
+
+if TYPE_CHECKING:
+    from .bus import Bus
 
 _MAX_SIZE = int(Limit.COMMAND_SIZE)
 _NEGOTIATE = int(ItemType.NEGOTIATE)
@@ -56,6 +68,29 @@ class Held(Step):
         raise NotImplementedError
 
 
+class Waiter(Held):
+    """What a call waits for, until *deadline* (CLOCK_MONOTONIC, ns) at the latest."""
+
+    __slots__ = ("deadline", "watch")
+
+    def __init__(self) -> None:
+        self.deadline = 0
+        self.watch: list[Any] = []
+        """How the domain knows it while its deadline means something; empty before and after."""
+
+    @property
+    def bus(self) -> Bus:
+        raise NotImplementedError
+
+    def interrupt(self) -> None:
+        """A signal is pending for the caller."""
+        raise NotImplementedError
+
+    def expire(self) -> None:
+        """The deadline has come."""
+        raise NotImplementedError
+
+
 class Argument:
     """A struct with items behind it, in the caller's memory at *address*."""
 
@@ -89,6 +124,8 @@ class Argument:
         if size > _MAX_SIZE:
             raise CommandError(EMSGSIZE, f"size {size}")
         if size > len(data):
+            if spec.is_block and inline:
+                raise CommandError(EINVAL, "the block is larger than the command's number says")
             data = bytearray(self.peer.read(address, size))
             if _unpack_u64(data, 0)[0] != size:
                 raise CommandError(EINVAL, "size changed while it was read")
@@ -105,7 +142,7 @@ class Argument:
                 raise CommandError(EINVAL, "unknown flags")
             self.negotiating = True
         self.flags = flags & spec.flags
-        if len(data) > spec.size:
+        if len(data) > spec.size and not spec.is_block:
             self.items = walk(data, spec.size, len(data), spec.items)
             for item in self.items:
                 if item[0] == _NEGOTIATE:
@@ -231,6 +268,15 @@ class Call(Argument):
         for step in reversed(begun):
             step.undo()
 
+    def answered(self, offset: int, size: int) -> None:
+        """Say in which slice the reply to this synchronous call lies."""
+        if self.spec.is_block:
+            U32.pack_into(self.data, CMD_EXCHANGE_N_RECEIVED, 1)
+            MSG_INFO.pack_into(self.data, CMD_EXCHANGE.size, offset, size, 0)
+            self.store = (0, CMD_EXCHANGE.size + MSG_INFO.size)
+        else:
+            MSG_INFO.pack_into(self.data, CMD_SEND_REPLY, offset, size, 0)
+
     def store_results(self) -> None:
         """Store what the command returns already now, while it can still fail."""
         start, end = self.store
@@ -243,3 +289,8 @@ class Call(Argument):
 
 PENDING = 1
 """What a handler returns that will complete its call later."""
+WAITS_AGAIN = -1
+"""What `Handle.finish` returns for a call that has to wait on."""
+CONTINUE = 2
+"""What it returns if the same call is to be made again, with `Call.data` as its argument, when
+others have had their turn."""

@@ -48,6 +48,7 @@ from .connection import (
     Connection,
     Result,
 )
+from .exchange import Exchange
 from .listing import Listing
 from .match import Match, Rule
 from .message import Message
@@ -368,18 +369,19 @@ def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule:
     return Rule(type_, new_id, old_id, name)
 
 
+@command(ExtensionCommand.EXCHANGE, kinds=_READERS)
+def exchange(connection: Connection, call: Call) -> int:
+    """KDBUSFS_CMD_EXCHANGE: free slices, send messages, and wait for messages."""
+    if call.negotiating:
+        return 0
+    return Exchange(connection, call).start()
+
+
 @command(ExtensionCommand.FD_SOCKET, kinds=_ANY_KIND)
 def fd_socket(connection: Connection, call: Call) -> int:
     """KDBUSFS_CMD_FD_SOCKET: take the socket on which descriptors are to be sent to those who
     receive with the extension's commands. EINVAL unless it is an AF_UNIX socket, SOCK_SEQPACKET,
     with the caller's own user at the other end; EBADF for an O_PATH descriptor."""
-    socket = call.peer.take(I32.unpack_from(call.data, structs.CMD_FD_SOCKET_FD)[0])
-    try:
-        socket.become_channel()
-    except BaseException:
-        socket.release()
-        raise
-    before, connection.fd_socket = connection.fd_socket, socket
-    if before is not None:
-        before.release()
+    fd = I32.unpack_from(call.data, structs.CMD_FD_SOCKET_FD)[0]
+    connection.set_fd_socket(call.peer.take(fd))
     return 0

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..abi.errors import CommandError
 from ..abi.items import Buffer, build, build_string
 from ..abi.numbers import AttachFlag, HelloFlag, ItemType, Limit, NameFlag, RecvReturnFlag
-from ..abi.structs import CMD_SEND_REPLY, I32, MSG_INFO, U64
-from .call import Call, Held, Step
+from ..abi.structs import I32, U64
+from .call import WAITS_AGAIN, Call, Held, Step
 from .metadata import ProcessMetadata, Viewer
 from .peer import Credentials, release
 from .pool import Pool, Slice
@@ -20,6 +20,7 @@ from .quota import Quota, User
 if TYPE_CHECKING:
     from .bus import Bus
     from .endpoint import Endpoint
+    from .exchange import Exchange
     from .listing import Listing
     from .match import Match
     from .message import Outgoing
@@ -36,7 +37,6 @@ _IN_QUEUE = int(NameFlag.IN_QUEUE)
 _NAMES = int(AttachFlag.NAMES)
 _DESCRIPTION = int(AttachFlag.CONN_DESCRIPTION)
 _INCOMPLETE_FDS = int(RecvReturnFlag.INCOMPLETE_FDS)
-"""Offset of reply in struct kdbus_cmd_send."""
 
 
 class QueueEntry(Held):
@@ -97,7 +97,7 @@ class QueueEntry(Held):
         call.fds = self.receiver.publish(self)
         # Nothing below can fail.
         self.receiver.discard(self)
-        MSG_INFO.pack_into(call.data, CMD_SEND_REPLY, self.slice.offset, self.size, 0)
+        call.answered(self.slice.offset, self.size)
 
     def release_descriptors(self) -> None:
         """The message is gone; who receives its files holds them by itself."""
@@ -255,6 +255,7 @@ class Connection:
         "view",
         "groups",
         "alive",
+        "waiters",
         "waker",
         "fd_socket",
     )
@@ -308,17 +309,39 @@ class Connection:
         self.groups: dict[NameEntry | None, list[QueueEntry]] | None = None
         """The queue by the names that were addressed, while all of the names go."""
         self.alive = True
+        self.waiters: dict[Exchange, None] = {}
+        """Calls of its own that wait for a message, the one that has waited longest first."""
         self.waker: Callable[[], None] | None = None
         """Called when poll may have something to say."""
         self.fd_socket: Descriptor | None = None
         """Where descriptors go for those who receive with the extension's commands."""
 
     def wake(self) -> None:
+        """There may be something new for poll, or for a call that waits for a message."""
+        if self.waiters:
+            self.wake_waiter()
         if self.waker is not None:
             try:
                 self.waker()
             except Exception as error:
                 self.bus.domain.report(error)
+
+    def wake_waiter(self) -> None:
+        """Have one of the calls that wait for a message look whether there is one."""
+        if self.waiters:
+            next(iter(self.waiters)).end(0)
+
+    def set_fd_socket(self, socket: Descriptor) -> None:
+        """Have descriptors sent on *socket* from now on, which is given up if it is no good for
+        that (`Descriptor.become_channel`)."""
+        try:
+            socket.become_channel()
+        except BaseException:
+            socket.release()
+            raise
+        before, self.fd_socket = self.fd_socket, socket
+        if before is not None:
+            before.release()
 
     @property
     def readable(self) -> bool:
@@ -350,7 +373,8 @@ class Connection:
         call.complete(call, error)
 
     def finish(self, call: Call) -> int:
-        """Give *call* its results; returns its errno. Nothing has happened if this stalls."""
+        """Give *call* its results; returns its errno, or WAITS_AGAIN. Nothing has happened if this
+        stalls."""
         if not self.alive:
             self.abandon(call)
         held = call.held
@@ -359,7 +383,7 @@ class Connection:
         # Nothing below can fail.
         call.held = None
         self.completed.pop(call, None)
-        return call.error
+        return WAITS_AGAIN if call.wait is not None else call.error
 
     def abandon(self, call: Call) -> None:
         """Let go of what is held for *call*: its caller won't get it."""

@@ -21,6 +21,7 @@ from .shares import Budget
 from .work import Work
 
 if TYPE_CHECKING:
+    from .call import Waiter
     from .connection import Connection
     from .node import Subject
     from .peer import Credentials
@@ -63,7 +64,7 @@ class Domain:
         self._users: dict[int, User] = {}
         self._free_inos: list[int] = []
         self._next_ino = 3
-        self._deadlines: list[tuple[int, int, list[Reply]]] = []
+        self._deadlines: list[tuple[int, int, list[Waiter | Reply]]] = []
         self._n_deadlines = 0
         self._n_stale = 0
         """How many entries of the heap are of requests that have ended."""
@@ -106,16 +107,17 @@ class Domain:
 
     # --- deadlines of requests
 
-    def watch_deadline(self, reply: Reply) -> None:
+    def watch_deadline(self, waiter: Waiter | Reply) -> None:
+        """Have *waiter*, which is in its `watch`, expire at its deadline."""
         self._n_deadlines += 1
-        heapq.heappush(self._deadlines, (reply.deadline, self._n_deadlines, reply.watch))
+        heapq.heappush(self._deadlines, (waiter.deadline, self._n_deadlines, waiter.watch))
 
-    def unwatch_deadline(self, reply: Reply) -> None:
+    def unwatch_deadline(self, waiter: Waiter | Reply) -> None:
         """A watched request has ended: let go of it, and the heap not grow with what is over.
 
         Its deadline may be far away, and through it two connections with their pools would stay.
         """
-        reply.watch.clear()
+        waiter.watch.clear()
         self._n_stale += 1
         if self._n_stale > 64 and self._n_stale > len(self._deadlines) // 2:
             self._deadlines = [d for d in self._deadlines if d[2]]
@@ -139,11 +141,11 @@ class Domain:
         """End every request whose deadline has passed."""
         now = self.clock.monotonic_ns()
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            (reply,) = heapq.heappop(self._deadlines)[2]
+            (waiter,) = heapq.heappop(self._deadlines)[2]
             # It will be counted as stale when it ends, in a moment.
             self._n_stale -= 1
             try:
-                reply.requester.bus.time_out(reply)
+                waiter.expire()
             except Exception as error:
                 self.report(error)
 
@@ -163,5 +165,6 @@ class Domain:
         assert len({c.id for c in connections}) == len(connections)
         watched = [reply for _, _, watch in self._deadlines for reply in watch]
         assert self._n_stale == len(self._deadlines) - len(watched)
-        waiting = {r for c in connections for r in (*c.requests, *c.suspended.values())}
-        assert waiting == {r for r in watched if r.requester.bus.alive}
+        waiting: set[Waiter | Reply] = {w for c in connections for w in c.waiters if w.watch}
+        waiting |= {r for c in connections for r in (*c.requests, *c.suspended.values())}
+        assert waiting == {r for r in watched if r.bus.alive}

@@ -134,7 +134,7 @@ class Handle:
         """Carry out *call*. *inline* is what of its argument came with the request.
 
         Returns 0, or PENDING if `call.complete` will be called later (or has been), and then
-        `finish` is due; raises CommandError.
+        `finish` is due, or CONTINUE; raises CommandError.
         """
         try:
             return self._execute(call, inline)
@@ -166,7 +166,7 @@ class Handle:
 
     def finish(self, call: Call) -> int:
         """Give a call that has been completed its results: what is held for it becomes visible in
-        the pool, `call.data` and `call.fds` tell of it. Returns the call's errno.
+        the pool, `call.data` and `call.fds` tell of it. Returns the call's errno, or WAITS_AGAIN.
 
         Stalled: nothing has happened, to be tried again. Any other exception: the call has been
         abandoned.

@@ -29,7 +29,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..abi.errors import CommandError
 from ..abi.items import Buffer, Item, build, build_string
-from ..abi.numbers import ID_ANY, OFFSET_NONE, AttachFlag, ItemType, Limit, MsgFlag, PayloadType
+from ..abi.numbers import (
+    ID_ANY,
+    OFFSET_NONE,
+    AttachFlag,
+    ExtensionItemType,
+    ItemType,
+    Limit,
+    MsgFlag,
+    PayloadType,
+)
 from ..abi.structs import (
     BLOOM_FILTER_DATA,
     I32,
@@ -68,6 +77,7 @@ _OFF = int(ItemType.PAYLOAD_OFF)
 _MEMFD = int(ItemType.PAYLOAD_MEMFD)
 _FDS = int(ItemType.FDS)
 _BLOOM = int(ItemType.BLOOM_FILTER)
+_INLINE = int(ExtensionItemType.PAYLOAD_INLINE)
 _DST_NAME = int(ItemType.DST_NAME)
 _TIMESTAMP = int(AttachFlag.TIMESTAMP)
 _PIDS = int(AttachFlag.PIDS)
@@ -83,6 +93,7 @@ _unpack_vec = VEC.unpack_from
 _NO_DESCRIPTORS: list[Descriptor] = []
 _NO_POSITIONS: list[int] = []
 _NO_ITEMS: list[Item] = []
+_NO_BLOCK = bytearray()
 
 
 class Outgoing(Protocol):
@@ -138,6 +149,9 @@ class Message:
         "_size",
         "_segments",
         "_offsets",
+        "_block",
+        "_block_address",
+        "_from_block",
         "_fd_items",
         "_sender",
         "_seqnum",
@@ -145,9 +159,17 @@ class Message:
         "_last",
     )
 
-    def __init__(self, sender: Connection, argument: Argument, sync: bool = False) -> None:
+    def __init__(
+        self,
+        sender: Connection,
+        argument: Argument,
+        sync: bool = False,
+        block: bytearray = _NO_BLOCK,
+        block_address: int = 0,
+    ) -> None:
         """Examine the message in *argument*, whose data it takes over; errors are those of SEND.
-        *sync*: it was sent with SYNC_REPLY."""
+        *sync*: it was sent with SYNC_REPLY. *block*: the caller's memory at *block_address*, where
+        payload may lie."""
         self.sender = sender
         self.user = sender.user
         self.payer = sender.opener.uid
@@ -178,6 +200,10 @@ class Message:
         """(address, size) of each part of the payload area; address 0 for filler."""
         self._offsets: list[tuple[int, int]] = []
         """(position of an OFF item's offset, offset of its data in the payload area)."""
+        self._block = block
+        self._block_address = block_address
+        self._from_block = _NO_BLOCK
+        """As much of the payload area as lies in the block."""
         self._fd_items = _NO_ITEMS
         self._sender: ProcessMetadata | None = None
         self._seqnum = 0
@@ -213,6 +239,8 @@ class Message:
             end = start + size
             if type_ == _VEC:
                 self._add_vec(start)
+            elif type_ == _INLINE:
+                self._add_inline(start)
             elif type_ == _MEMFD:
                 n_memfds += 1
                 self._add_memfd(item, n_memfds)
@@ -253,6 +281,28 @@ class Message:
         self._offsets.append((start + VEC_OFFSET, self.n_payload))
         self._segments.append((address, size))
         self.n_payload += size
+
+    def _add_inline(self, start: int) -> None:
+        size, offset = _unpack_vec(self._template, start)
+        if offset + size > len(self._block):
+            raise CommandError(EFAULT, "payload outside the block")
+        if self.n_payload + size > len(self._block):
+            raise CommandError(EMSGSIZE, "more payload than the block is long")
+        _pack_u64(self._template, start - 8, _OFF)
+        if len(self._from_block) == self.n_payload:
+            # Nothing came before it that is to be fetched from elsewhere.
+            if self.n_payload:
+                self._from_block += self._block[offset : offset + size]
+            else:
+                self._from_block = self._block[offset : offset + size]
+        self._offsets.append((start + 8, self.n_payload))
+        self._segments.append((self._block_address + offset, size))
+        self.n_payload += size
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether all that it brings has come with the request."""
+        return not self._fd_items and len(self._from_block) == self.n_payload
 
     def _add_filler(self, size: int) -> None:
         if size & 7:
@@ -356,10 +406,14 @@ class Message:
         return image
 
     def fill(self, receiver: Connection, offset: int) -> None:
-        if self._segments:
+        if len(self._from_block) == self.n_payload:
+            receiver.pool.memory.write(offset, self._from_block)
+        elif self._segments:
             self.peer.fill(receiver.pool.memory, offset, self._segments)
 
     def payload(self) -> bytes:
+        if len(self._from_block) == self.n_payload:
+            return bytes(self._from_block)
         return b"".join(
             self.peer.read(address, size) if address else bytes(size)
             for address, size in self._segments

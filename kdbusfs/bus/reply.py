@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from ..abi.errors import CommandError
 from ..abi.numbers import Limit
-from .call import Call
+from .call import Call, Waiter
 
 if TYPE_CHECKING:
+    from .bus import Bus
     from .connection import Connection, QueueEntry
     from .names import NameEntry
 
@@ -78,7 +79,7 @@ class Reply:
         """The reply that came while suspended."""
         self.error = 0
         """What ended the wait while suspended."""
-        self.watch: list[Reply] = []
+        self.watch: list[Waiter | Reply] = []
         """How the domain knows it while its deadline means something; empty before and after."""
         self.unwatch: Callable[[], None] | None = None
         """Ends the watch on the cancel descriptor."""
@@ -108,6 +109,19 @@ class Reply:
             self.suspended = False
             del self.requester.suspended[self.cookie]
             self._ended()
+
+    @property
+    def bus(self) -> Bus:
+        return self.requester.bus
+
+    def interrupt(self) -> None:
+        """A signal is pending for the caller that waits: let go of its call, which may resume."""
+        assert self.call is not None
+        self.bus.suspend(self, self.call)
+
+    def expire(self) -> None:
+        """The deadline has come."""
+        self.bus.time_out(self)
 
     def end_watch(self) -> None:
         """End the watch on the cancel descriptor, if there is one."""

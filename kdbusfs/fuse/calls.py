@@ -16,9 +16,9 @@ from collections.abc import Callable
 from errno import EFAULT, EINTR, EIO, ENOTTY
 
 from ..abi.errors import CommandError, Stalled
-from ..abi.specs import COMMAND_SPECS
+from ..abi.specs import COMMAND_SPECS, find_command
 from ..abi.structs import CMD_RETURN_FLAGS, U64
-from ..bus.call import PENDING, Call
+from ..bus.call import PENDING, WAITS_AGAIN, Call
 from ..bus.connection import FdTransfer
 from ..bus.domain import Domain
 from ..peer.closers import CLOSERS, Closing
@@ -55,7 +55,8 @@ def _report(error: BaseException) -> None:
 
 class Calls:
     """The commands on all *files*; *watcher* watches cancel descriptors. *put_back* leaves a
-    request to be started anew, *wake* the router has something to do."""
+    request to be started anew, *put_off* one to be gone on with when others have had their turn;
+    *wake*: the router has something to do."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Calls:
         files: OpenFiles,
         watcher: Watcher,
         put_back: Callable[[bytes], None] = lambda request: None,
+        put_off: Callable[[bytes], None] = lambda request: None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._device = device
@@ -76,6 +78,7 @@ class Calls:
         self.interrupts = Interrupts(self._ioctls, self._refuse)
         self._interrupted = self.interrupts.pending
         self._put_back = put_back
+        self._put_off = put_off
         self._wake_router = wake
         self.completed: deque[Ioctl] = deque()
         """Calls whose wait is over, to be finished."""
@@ -120,6 +123,9 @@ class Calls:
         assert ioctl is not None
         ioctl.process = ioctl.peer = earlier.process.renewed()
         ioctl.n_stalls, ioctl.interrupted = earlier.n_stalls, earlier.interrupted
+        if earlier.read and earlier.spec.is_block:
+            # It says what has been done already.
+            ioctl.block = earlier.data
         self._execute(ioctl, request)
 
     def note_stall(self) -> int:
@@ -132,8 +138,11 @@ class Calls:
         return ioctl.process.uid
 
     def _accept(self, request: memoryview) -> Ioctl | None:
-        unique, uid, gid, tid, fh, flags, code, address, _ = _unpack_request(request)
+        unique, uid, gid, tid, fh, flags, code, address, in_size = _unpack_request(request)
+        code = find_command(code)
         spec = COMMAND_SPECS.get(code)
+        if spec is not None and spec.is_block and in_size < spec.size:
+            spec = None
         file = self._by_fh.get(fh)
         # The fh of a directory is pyfuse3's, and may be the same number as one of ours.
         if spec is None or file is None or flags & wire.IOCTL_DIR:
@@ -161,8 +170,14 @@ class Calls:
         file, error, why = ioctl.file, 0, None
         in_size = _unpack_request(request)[8]
         try:
-            if file.handle.execute(ioctl, request[IOCTL_AT : IOCTL_AT + in_size]) == PENDING:
-                self._keep_waiting(ioctl)
+            inline = request[IOCTL_AT : IOCTL_AT + in_size] if ioctl.block is None else ioctl.block
+            result = file.handle.execute(ioctl, inline)
+            if result:
+                if result == PENDING:
+                    self._keep_waiting(ioctl)
+                else:
+                    ioctl.process.pin(self._device.fd)
+                    self._put_off(bytes(request))
                 return
         except CommandError as failure:
             error = failure.errno
@@ -218,7 +233,11 @@ class Calls:
     def _keep_waiting(self, ioctl: Ioctl) -> None:
         if ioctl.completed:
             return
-        ioctl.process.pin(self._device.fd)
+        if ioctl.spec.is_block:
+            # All that is left to do is done in its reply, and in the pool.
+            ioctl.process.let_go()
+        else:
+            ioctl.process.pin(self._device.fd)
         ioctl.waits = True
         if ioctl.interrupted:
             self.interrupts.end_wait(ioctl)
@@ -242,7 +261,11 @@ class Calls:
             _collect(ioctl.process.uid)
             self.current = ioctl
             error = handle.finish(ioctl)
-            if error == EINTR:
+            if error == WAITS_AGAIN:
+                ioctl.completed = False
+                if ioctl.interrupted:
+                    self.interrupts.end_wait(ioctl)
+            elif error == EINTR:
                 self._restart(ioctl)
             else:
                 self._answer(ioctl, error)
@@ -312,10 +335,14 @@ class Calls:
 
     def _deliver(self, ioctl: Ioctl, transfer: FdTransfer) -> None:
         socket = fds.socket_of(ioctl)
-        if socket is None:
+        if socket is not None:
+            fds.send(socket, ioctl, transfer)
+        elif ioctl.spec.is_block:
+            fds.expect_incomplete(ioctl)
+            transfer.release()
+        else:
             self._install(ioctl, transfer)
             return
-        fds.send(socket, ioctl, transfer)
         reply, has_turn = self._result(ioctl, 0)
         self._send(ioctl, reply, has_turn)
         self._traced_call(ioctl, 0)

@@ -26,7 +26,7 @@ _SOCKET_HEADER = Struct("=QQ")
 _SOCKET_HEADER_LOST = Struct("=QQQ")
 """The same if some could not be sent: _LOST is set in how many, and their positions follow."""
 _LOST = 1 << 63
-_BY_SOCKET = frozenset({ExtensionCommand.RECV, ExtensionCommand.SEND})
+_BY_SOCKET = frozenset({ExtensionCommand.RECV, ExtensionCommand.SEND, ExtensionCommand.EXCHANGE})
 
 
 def socket_of(ioctl: Ioctl) -> FileDescriptor | None:
@@ -78,8 +78,11 @@ def _send_some_fds(to: FileDescriptor, offset: int, fds: list[int]) -> None:
 
 
 def _put_return_flags(ioctl: Ioctl, flags: int) -> None:
-    """Set msg.return_flags (RECV) or reply.return_flags (SEND)."""
-    U64.pack_into(ioctl.data, ioctl.spec.msg_return_flags, flags)
+    """Set msg.return_flags (RECV) or reply.return_flags (SEND), or those of the last message that
+    an EXCHANGE receives."""
+    is_block = ioctl.spec.is_block
+    at = ioctl.store[1] - U64.size if is_block else ioctl.spec.msg_return_flags
+    U64.pack_into(ioctl.data, at, flags)
 
 
 def expect_incomplete(ioctl: Ioctl) -> None:

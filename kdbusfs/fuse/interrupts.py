@@ -29,9 +29,12 @@ class Interrupts:
         only."""
         of = interrupted(request)
         ioctl = self._ioctls.get(of)
-        if ioctl is None or ioctl.completed:
+        if ioctl is None:
             return
-        if ioctl.waits:
+        if ioctl.completed:
+            # It may have to wait on.
+            ioctl.interrupted = True
+        elif ioctl.waits:
             self.end_wait(ioctl)
         else:
             ioctl.interrupted = True

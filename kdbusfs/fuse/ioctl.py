@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from ..abi.items import Buffer
 from ..abi.specs import CommandSpec
 from ..bus.call import Call
 from ..peer.process import Process
@@ -25,6 +26,7 @@ class Ioctl(Call):
     """A command that came as the request *unique* on *file*."""
 
     __slots__ = (
+        "block",
         "completed",
         "file",
         "interrupted",
@@ -49,6 +51,8 @@ class Ioctl(Call):
         self.file = file
         self.process = process
         """The same as `peer`: the thread that is held."""
+        self.block: Buffer | None = None
+        """What its argument is by now, if it has been begun before."""
         self.n_stalls = 0
         self.interrupted = False
         """Whether a signal came while it did not wait yet: its wait is to end at once."""

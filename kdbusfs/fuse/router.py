@@ -120,7 +120,9 @@ class Router:
         self._watches = Watches()
         watch, wake = self._watches.watch, self._watches.wake
         self._files = OpenFiles(self._device, domain, tree, self._new_backing, watch)
-        self._calls = Calls(self._device, domain, self._files, watch, self._put_back, wake)
+        self._calls = Calls(
+            self._device, domain, self._files, watch, self._put_back, self._put_off, wake
+        )
         self._interrupts = self._calls.interrupts
         self._rows = self._table()
         self._crew = Crew(self._run, self._note_stall, self._watches.wake)
@@ -136,6 +138,8 @@ class Router:
         """Requests that have been read and wait for their turn."""
         self._queued: set[int] = set()
         """Their uniques."""
+        self._begun: set[int] = set()
+        """Those of them that are to be gone on with."""
         self._queued_interrupts: set[int] = set()
         """Those of them that have been interrupted already."""
         self.has_pools = True
@@ -166,6 +170,11 @@ class Router:
         """In a thread that stalled: leave a request to the successor."""
         self._backlog.append(request)
         self._watches.wake()
+
+    def _put_off(self, request: bytes) -> None:
+        """Leave a request, which has begun, for when others have had their turn."""
+        self._begun.add(_unpack_head(request)[2])
+        self._queue.push(_unpack_u32(request, IN_HEADER_UID)[0], request)
 
     def _run(self) -> None:
         try:
@@ -256,7 +265,11 @@ class Router:
             self._queued_interrupts.remove(unique)
             self._interrupts.expect(unique)
         begun = time.monotonic_ns()
-        self._dispatch(memoryview(request), len(request))
+        if unique in self._begun:
+            self._begun.discard(unique)
+            self._again(request)
+        else:
+            self._dispatch(memoryview(request), len(request))
         self._queue.charge(uid, time.monotonic_ns() - begun)
 
     def _finish(self) -> None:

@@ -45,6 +45,8 @@ EXTENSION_COMMANDS = {
     "RECV": (0xC04095F1, "kdbus_cmd_recv"),
     "SEND": (0xC03895F2, "kdbus_cmd_send"),
 }
+# Its number says how large the block is; the daemon knows it by that for the smallest.
+EXCHANGE = "KDBUSFS_CMD_EXCHANGE(sizeof(struct kdbusfs_cmd_exchange))"
 
 # size, and the offset of each field
 STRUCTS: dict[str, tuple[int, dict[str, int]]] = {
@@ -184,6 +186,24 @@ STRUCTS: dict[str, tuple[int, dict[str, int]]] = {
     ),
     "kdbusfs_cmd_fd_socket": (32, {"size": 0, "flags": 8, "return_flags": 16, "fd": 24}),
     "kdbusfs_fd_packet": (16, {"offset": 0, "n_fds": 8}),
+    "kdbusfs_cmd_exchange": (
+        72,
+        {
+            "size": 0,
+            "flags": 8,
+            "return_flags": 16,
+            "deadline_ns": 24,
+            "dropped_msgs": structs.CMD_EXCHANGE_DROPPED_MSGS,
+            "n_free": 40,
+            "n_freed": structs.CMD_EXCHANGE_N_FREED,
+            "n_send": 48,
+            "n_sent": structs.CMD_EXCHANGE_N_SENT,
+            "n_recv": 56,
+            "n_received": structs.CMD_EXCHANGE_N_RECEIVED,
+            "cancel_fd": 64,
+            "fd_socket": structs.CMD_EXCHANGE_FD_SOCKET,
+        },
+    ),
 }
 
 CONSTANTS = {
@@ -290,12 +310,19 @@ CONSTANTS = {
     "KDBUS_PAYLOAD_DBUS": 0x4442757344427573,
     **{f"KDBUS_CMD_{name}": code for name, (code, _) in COMMANDS.items()},
     **{f"KDBUSFS_CMD_{name}": code for name, (code, _) in EXTENSION_COMMANDS.items()},
+    EXCHANGE: 0xC04895F3,
+    "KDBUSFS_EXCHANGE_SIZE_MAX": 16376,
+    "KDBUSFS_EXCHANGE_WAIT": 1,
+    "KDBUSFS_EXCHANGE_CALL": 2,
+    "KDBUSFS_ITEM_PAYLOAD_INLINE": 0x0FF0,
 }
 
 # How the daemon's enums call their families in C.
 FAMILIES: dict[type[IntEnum] | type[IntFlag], str] = {
     numbers.Command: "KDBUS_CMD_",
     numbers.ExtensionCommand: "KDBUSFS_CMD_",
+    numbers.ExtensionItemType: "KDBUSFS_ITEM_",
+    numbers.ExchangeFlag: "KDBUSFS_EXCHANGE_",
     numbers.ItemType: "KDBUS_ITEM_",
     numbers.AttachFlag: "KDBUS_ATTACH_",
     numbers.MakeFlag: "KDBUS_MAKE_",
@@ -336,12 +363,13 @@ LAYOUTS: dict[str, tuple[struct.Struct, int]] = {
     "kdbus_bloom_parameter": (structs.BLOOM_PARAMETER, 16),
     "kdbus_policy_access": (structs.POLICY_ACCESS, 24),
     "kdbusfs_cmd_fd_socket": (structs.CMD_FD_SOCKET, 32),
+    "kdbusfs_cmd_exchange": (structs.CMD_EXCHANGE, 72),
 }
 
 
 def program() -> str:
     """A program that prints everything of interest as lines "what number"."""
-    lines = [f'printf("{name} %llu\\n", (unsigned long long)({name}));' for name in CONSTANTS]
+    lines = [f'printf("%s %llu\\n", "{name}", (unsigned long long)({name}));' for name in CONSTANTS]
     for name, (_, fields) in STRUCTS.items():
         lines.append(f'printf("{name} %zu\\n", sizeof(struct {name}));')
         lines += [
@@ -397,7 +425,9 @@ def compile_and_run(source: str, standard: str, directory: Path) -> str:
 @pytest.mark.parametrize("standard", STANDARDS)
 def test_numbers_and_layouts_are_those_of_kdbus(standard: str, tmp_path: Path) -> None:
     output = compile_and_run(program(), standard, tmp_path)
-    found = {name: int(value) for name, value in (line.split() for line in output.splitlines())}
+    found = {
+        name: int(value) for name, value in (line.rsplit(" ", 1) for line in output.splitlines())
+    }
     assert found == expected()
 
 
@@ -437,15 +467,20 @@ def test_a_code_carries_the_size_of_its_struct(name: str, code: int, of: str) ->
     assert code >> 16 & 0x3FFF == STRUCTS[of][0]
 
 
+def c_name(prefix: str, name: str) -> str:
+    """What a member of one of our enums is called in C."""
+    return EXCHANGE if prefix + name == "KDBUSFS_CMD_EXCHANGE" else prefix + name
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 def test_the_daemon_has_the_same_numbers(family: type[IntEnum] | type[IntFlag]) -> None:
     prefix = FAMILIES[family]
-    ours = {f"{prefix}{member.name}": int(member) for member in family}
+    ours = {c_name(prefix, member.name): int(member) for member in family}
     assert ours.items() <= CONSTANTS.items()
 
 
 def test_the_daemon_has_all_numbers() -> None:
-    families = {f"{p}{member.name}" for f, p in FAMILIES.items() for member in f}
+    families = {c_name(p, member.name) for f, p in FAMILIES.items() for member in f}
     others = {name for name in CONSTANTS if name.startswith("_")} | {
         "KDBUS_IOCTL_MAGIC",
         "KDBUS_SRC_ID_KERNEL",
@@ -453,6 +488,7 @@ def test_the_daemon_has_all_numbers() -> None:
         "KDBUS_DST_ID_BROADCAST",
         "KDBUS_MATCH_ID_ANY",
         "KDBUS_FLAG_NEGOTIATE",
+        "KDBUSFS_EXCHANGE_SIZE_MAX",
     }
     assert families | others == CONSTANTS.keys()
     assert CONSTANTS["KDBUS_IOCTL_MAGIC"] == numbers.IOCTL_MAGIC

@@ -18,9 +18,9 @@ import pytest
 from bus.fakes import HOME_USERS, FakeClock, FakeMemory, FakePeer
 from kdbusfs.abi.errors import CommandError, Fault, Stalled
 from kdbusfs.abi.numbers import ATTACH_ALL, ID_ANY, Command, HelloFlag, ItemType, MsgFlag, SendFlag
-from kdbusfs.abi.specs import COMMAND_SPECS
+from kdbusfs.abi.specs import COMMAND_SPECS, find_command
 from kdbusfs.bus.bus import Bus as CoreBus
-from kdbusfs.bus.call import PENDING, Call
+from kdbusfs.bus.call import CONTINUE, PENDING, WAITS_AGAIN, Call
 from kdbusfs.bus.domain import Domain
 from kdbusfs.bus.handle import Handle
 from kdbusfs.bus.pool import Inode
@@ -28,6 +28,7 @@ from kdbusfs.bus.pool import Inode
 NEGOTIATE = 1 << 63
 GARBAGE = 0xDEADBEEFDEADBEEF
 """What output fields hold when a command goes in."""
+_DIRECTION_WRITE = 0x40000000
 DBUS = 0x4442757344427573
 BLOOM_SIZE = 64
 POOL_SIZE = 1 << 20
@@ -197,18 +198,23 @@ class Received:
 class Pending:
     """A command that waits; `error` is None until it has ended."""
 
-    def __init__(self, file: "File", call: Call) -> None:
+    def __init__(self, file: "File", call: Call, inline_size: int = 0) -> None:
         self.file = file
         self.call = call
+        self.inline_size = inline_size
+        self.block = b""
+        """What the argument of a call that goes on has become."""
         self._error: int | None = None
         self.completed = False
         call.complete = self._complete
 
     def renew(self) -> None:
-        """Start from the beginning."""
+        """Start from the beginning, or for a block where it says."""
         call = self.call
         self.call = Call(call.code, call.spec, call.peer, call.address)
         self.call.complete = self._complete
+        if call.spec.is_block and call.read:
+            self.block = bytes(call.data)
 
     def _complete(self, call: Call, error: int) -> None:
         assert not self.completed, "completed twice"
@@ -217,7 +223,11 @@ class Pending:
 
     def finish(self) -> None:
         """What the FUSE side does for a call that has been completed."""
-        self.end(self.file.handle.finish(self.call))
+        error = self.file.handle.finish(self.call)
+        if error == WAITS_AGAIN:
+            self.completed = False
+        else:
+            self.end(error)
 
     def end(self, error: int) -> None:
         """It is answered with *error*."""
@@ -282,8 +292,10 @@ class File:
 
     def start(self, code: int, address: int) -> Pending:
         """Begin a command; it may have ended already."""
+        inline_size = code >> 16 & 0x3FFF if code & _DIRECTION_WRITE else 0
+        code = find_command(code)
         assert code in COMMAND_SPECS
-        pending = Pending(self, Call(code, COMMAND_SPECS[code], self.peer, address))
+        pending = Pending(self, Call(code, COMMAND_SPECS[code], self.peer, address), inline_size)
         try:
             self._execute(pending)
         except Stalled:
@@ -299,16 +311,26 @@ class File:
     def _execute(self, pending: Pending) -> None:
         call = pending.call
         # The kernel brings and takes what direction and size in the code say.
-        inline = b""
         try:
-            if call.code & 0x40000000:
-                inline = self.peer.read(call.address, call.code >> 16 & 0x3FFF)
+            inline = pending.block
+            if pending.inline_size and not inline:
+                inline = self.peer.read(call.address, pending.inline_size)
             result = self.handle.execute(call, inline)
         except CommandError as error:
             pending.end(error.errno)
         else:
-            if result != PENDING:
+            if result == CONTINUE:
+                pending.renew()
+                self.domain.put_off.append(pending)
+            elif result != PENDING:
                 pending.end(0)
+
+    def go_on(self, pending: Pending) -> None:
+        """The turn of a call that was put off has come."""
+        self.domain.put_off.remove(pending)
+        self._execute(pending)
+        self.domain.finish()
+        self.domain.check()
 
     def store(self, call: Call, error: int) -> int:
         """Write the results of *call* back and install its descriptors; returns its errno."""
@@ -715,6 +737,8 @@ class FakeDomain:
         self.core = Domain(self.clock, HOME_USERS)
         self.files: list[File] = []
         self.completed: list[Pending] = []
+        self.put_off: list[Pending] = []
+        """Calls to be gone on with, see `File.go_on`."""
         self.works = True
         """Whether `finish` does what takes long."""
 

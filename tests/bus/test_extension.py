@@ -46,7 +46,7 @@ def test_the_extension_sends_and_receives_as_kdbus_does(bus: Bus) -> None:
 
 @pytest.mark.parametrize("code", list(E))
 def test_the_extension_is_for_connections(bus: Bus, code: ExtensionCommand) -> None:
-    argument = bytes(64)
+    argument = bytes(128)
     for file in (File(bus.domain, "control", bus.owner), bus.open(), bus.file, bus.endpoint()):
         with fails(EBADFD):
             file.ioctl(code, argument)
