@@ -8,6 +8,7 @@ thread that answers lookups just reads.
 from __future__ import annotations
 
 import stat
+from bisect import bisect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from .endpoint import Endpoint
 
     Subject: TypeAlias = Domain | Bus | Endpoint
+
+
+def _item_ino(item: tuple[str, Node]) -> int:
+    return item[1].ino
 
 
 def access_mode(flags: int, owner: int) -> int:
@@ -67,6 +72,7 @@ class Node:
         self.gid = gid
         self.parent = parent
         self.children: dict[str, Node] = {}
+        """By name, in order of their inode numbers, after one of which a listing goes on."""
         self.subject = subject
         self.alive = True
         self.on_unlink: Callable[[Node], None] | None = None
@@ -79,7 +85,9 @@ class Node:
     def link(self, child: Node) -> None:
         child.parent = self
         # Replaced, not changed, so that a reader in another thread sees one state or the other.
-        self.children = {**self.children, child.name: child}
+        items = list(self.children.items())
+        items.insert(bisect(items, child.ino, key=_item_ino), (child.name, child))
+        self.children = dict(items)
 
     def unlink(self, child: Node) -> None:
         child.alive = False

@@ -17,7 +17,9 @@ import os
 import stat
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import pyfuse3
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 _YEAR = 365 * 24 * 3600
 _CONTROL = "control"
+_ino = attrgetter("ino")
 
 
 class _Inode:
@@ -222,12 +225,11 @@ class Tree(pyfuse3.Operations):
             return
         if start_id < 2 and not self._list_dot(token, b"..", parent, 2):
             return
-        children = directory.children if directory.alive else {}
+        children = list(directory.children.values()) if directory.alive else []
         # The inode number is the cursor: entries may come and go while the directory is read.
-        for node in sorted(children.values(), key=lambda n: n.ino):
+        for at in range(bisect_right(children, start_id - 2, key=_ino), len(children)):
+            node = children[at]
             cursor = node.ino + 2
-            if cursor <= start_id:
-                continue
             with self._lock:
                 nodeid, _ = self._tell(node)
             if not pyfuse3.readdir_reply(
