@@ -13,7 +13,6 @@ I32 = Struct("=i")
 I64 = Struct("=q")
 U64 = Struct("=Q")
 U64x2 = Struct("=QQ")
-U64x3 = Struct("=QQQ")
 
 ITEM_HEADER = Struct("=QQ")
 """struct kdbus_item: size (header and payload, without padding), type."""

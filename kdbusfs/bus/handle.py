@@ -507,11 +507,6 @@ _NEGOTIATES_MORE = frozenset(
 """SEND has the message to negotiate about, too."""
 
 
-def is_command(code: int) -> bool:
-    """Whether *code* is a command at all; ENOTTY if not, on whatever handle."""
-    return code in COMMAND_SPECS
-
-
 def _no_memory(size: int) -> Memory:
     raise CommandError(EBADFD, "closed")
 

@@ -54,8 +54,6 @@ _OPENS = 1 << 17
 _MOST_OPENS = 2 * _MAX_OPEN
 """Files of the mount that may be open at all, and by one user."""
 
-_pack_notify_poll = wire.NOTIFY_POLL.pack
-
 
 class NewBacking(Protocol):
     """Makes the pool side of an endpoint that user *uid* is opening under a nodeid."""

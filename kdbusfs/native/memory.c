@@ -204,12 +204,6 @@ int64_t kdbusfs_vm_store(int32_t tid, uint64_t address, const void *from, uint64
 	return failed ? -EFAULT : 0;
 }
 
-/* The same for a thread of ours that does not touch the bus, and so may wait. */
-int64_t kdbusfs_vm_write_held(int32_t tid, uint64_t address, const void *from, uint64_t size)
-{
-	return vm_write(tid, address, from, size);
-}
-
 /* As much of /proc/@tid/cmdline as fits, which is memory of that process. */
 int64_t kdbusfs_read_cmdline(int32_t tid, void *to, uint64_t size)
 {

@@ -13,7 +13,6 @@ int64_t kdbusfs_read_cmdline(int32_t tid, void *to, uint64_t size);
 int64_t kdbusfs_push(int device, const void *header, uint64_t n_header, const void *data,
 		     uint64_t size);
 
-int64_t kdbusfs_vm_write_held(int32_t tid, uint64_t address, const void *from, uint64_t size);
 int64_t kdbusfs_push_held(int device, const void *header, uint64_t n_header, const void *data,
 			  uint64_t size);
 
