@@ -15,6 +15,8 @@ LOCKED := --require-hashes --build-constraint requirements/build.txt
 TESTS ?= tests
 TIME ?= 600
 SEED ?= 0
+# Test processes at a time. Each has mounts of its own.
+JOBS ?= $(shell nproc)
 
 # What the native module and the Python client are compiled from: a change in
 # any of it makes the editable install build them again.
@@ -53,8 +55,8 @@ demo: root setup library ## mount, let programs in C and Python talk to each oth
 	@$(MAKE) --silent -C examples all
 	@examples/demo.sh
 
-test: root setup library ## run all tests, on both kinds of pool (TESTS=... picks some)
-	@$(BIN)/python -m pytest $(TESTS)
+test: root setup library ## run all tests, JOBS=... at a time (TESTS=... picks some)
+	@$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadgroup $(TESTS)
 
 fuzz: root setup library ## throw anything at a bus for TIME seconds (SEED=... repeats a run)
 	@KDBUSFS_FUZZ_SECONDS=$(TIME) KDBUSFS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s tests/fuzz

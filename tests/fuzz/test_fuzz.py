@@ -17,6 +17,7 @@ import pytest
 
 import daemons
 import volume
+from programs import once
 
 HERE = Path(__file__).parent
 SECONDS = int(os.environ.get("KDBUSFS_FUZZ_SECONDS", "60"))
@@ -30,11 +31,14 @@ MORE_MEMORY = 16 << 20
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the programs are."""
-    where = tmp_path_factory.mktemp("programs")
-    volume.compile_program(where / "fuzz", *(HERE / f"{n}.c" for n in ("fuzz", "action", "build")))
-    volume.compile_program(where / "watchdog", HERE / "watchdog.c")
-    volume.compile_program(where / "shares", volume.SHARES)
-    return where
+
+    def build(where: Path) -> None:
+        sources = (HERE / f"{name}.c" for name in ("fuzz", "action", "build"))
+        volume.compile_program(where / "fuzz", *sources)
+        volume.compile_program(where / "watchdog", HERE / "watchdog.c")
+        volume.compile_program(where / "shares", volume.SHARES)
+
+    return once(tmp_path_factory, "fuzz", build)
 
 
 @contextmanager
@@ -70,6 +74,7 @@ def check_reach(killed: int, results: dict[str, dict[str, int]]) -> None:
 
 
 @pytest.mark.timeout(SECONDS + 240)
+@pytest.mark.xdist_group("fuzz")
 @pytest.mark.parametrize("pool", daemons.POOL_KINDS)
 def test_the_bus_survives_a_fuzzer_and_nothing_of_it_stays(pool: str, programs: Path) -> None:
     seconds = max(SECONDS // len(daemons.POOL_KINDS), 1)

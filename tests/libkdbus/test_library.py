@@ -10,6 +10,7 @@ import pytest
 
 import daemons
 import kdbus
+from programs import once
 
 HERE = Path(__file__).parent
 LIBKDBUS = HERE.parents[1] / "libkdbus"
@@ -48,16 +49,22 @@ def compile_program(source: str, target: Path, *options: str) -> Path:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library, built."""
-    build = tmp_path_factory.mktemp("build")
-    run("make", "-C", LIBKDBUS, "all", f"BUILD={build}", "CFLAGS=-O2 -Werror")
-    return build
+
+    def build(directory: Path) -> None:
+        run("make", "-C", LIBKDBUS, "all", f"BUILD={directory}", "CFLAGS=-O2 -Werror")
+
+    return once(tmp_path_factory, "libkdbus", build)
 
 
 @pytest.fixture(scope="session", params=["socket", "plain"])
 def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test program; once as it is, once without descriptor socket."""
     options = ["-DPLAIN"] if request.param == "plain" else []
-    return compile_program("client.c", tmp_path_factory.mktemp("client") / "client", *options)
+
+    def build(directory: Path) -> None:
+        compile_program("client.c", directory / "client", *options)
+
+    return once(tmp_path_factory, f"client-{request.param}", build) / "client"
 
 
 def public_functions() -> set[str]:

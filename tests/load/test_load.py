@@ -14,6 +14,7 @@ import pytest
 
 import daemons
 import volume
+from programs import once
 
 MESSAGES = int(os.environ.get("KDBUSFS_LOAD_MESSAGES", "40000"))
 """In all, on each kind of pool: so many to and fro in a crowd and on many buses, the rest in a
@@ -26,7 +27,7 @@ SECONDS = 120 + MESSAGES // 1000
 MORE_MEMORY = 24 << 20
 """Room that an interpreter keeps after it had a thousand connections; however many messages."""
 
-pytestmark = pytest.mark.timeout(SECONDS + 60)
+pytestmark = [pytest.mark.timeout(SECONDS + 60), pytest.mark.xdist_group("load")]
 
 
 class Load:
@@ -50,8 +51,11 @@ class Load:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program."""
-    here = Path(__file__).parent
-    return volume.compile_program(tmp_path_factory.mktemp("load") / "load", here / "load.c")
+
+    def build(directory: Path) -> None:
+        volume.compile_program(directory / "load", Path(__file__).parent / "load.c")
+
+    return once(tmp_path_factory, "load", build) / "load"
 
 
 @pytest.fixture(scope="module", params=daemons.POOL_KINDS)

@@ -12,6 +12,7 @@ import pytest
 import daemons
 from kdbusfs.abi.numbers import MakeFlag
 from mount.raw import Bus
+from programs import once
 
 PROGRAMS = Path(__file__).parent / "programs"
 INCLUDE = Path(__file__).parents[2] / "libkdbus" / "include"
@@ -38,14 +39,13 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.fail("no C compiler")
-    directory = tmp_path_factory.mktemp("programs")
-    for source in sorted(PROGRAMS.glob("*.c")):
-        subprocess.run(
-            [
-                *(compiler, "-std=gnu11", "-O1", "-g", "-D_GNU_SOURCE=", "-Wall", "-Wextra"),
-                *("-Wshadow", "-Wstrict-prototypes", "-Wmissing-prototypes", "-Werror"),
-                *(f"-I{INCLUDE}", "-pthread", "-o", directory / source.stem, source),
-            ],
-            check=True,
-        )
-    return directory
+    command = [
+        *(compiler, "-std=gnu11", "-O1", "-g", "-D_GNU_SOURCE=", "-Wall", "-Wextra", "-Wshadow"),
+        *("-Wstrict-prototypes", "-Wmissing-prototypes", "-Werror", f"-I{INCLUDE}", "-pthread"),
+    ]
+
+    def build(directory: Path) -> None:
+        for source in sorted(PROGRAMS.glob("*.c")):
+            subprocess.run([*command, "-o", directory / source.stem, source], check=True)
+
+    return once(tmp_path_factory, "mount-programs", build)

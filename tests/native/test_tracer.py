@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from programs import once
+
 HERE = Path(__file__).parent
 NATIVE = HERE.parent.parent / "kdbusfs" / "native"
 SOURCE = HERE / "test-tracer.c"
@@ -22,11 +24,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
-    path = tmp_path_factory.mktemp("native") / "test-tracer"
     flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{NATIVE}"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    subprocess.run([compiler, *flags, str(SOURCE), *map(str, CODE), "-o", str(path)], check=True)
-    return path
+
+    def build(directory: Path) -> None:
+        command = [compiler, *flags, SOURCE, *CODE, "-o", directory / "test-tracer"]
+        subprocess.run(command, check=True)
+
+    return once(tmp_path_factory, "native", build) / "test-tracer"
 
 
 def test_every_test_of_the_program_is_run_here(program: Path) -> None:
