@@ -13,7 +13,15 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
-@pytest.fixture(scope="session", params=daemons.POOL_KINDS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that uses `mount` runs on both kinds of pool, unless it is marked `one_pool`."""
+    if "mount" in metafunc.fixturenames:
+        one = metafunc.definition.get_closest_marker("one_pool")
+        kinds = [daemons.usual_pool()] if one else daemons.POOL_KINDS
+        metafunc.parametrize("mount", kinds, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def mount(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[daemons.Mount]:

@@ -44,9 +44,18 @@ def need_mounting() -> None:
 
 def need_pool(kind: str) -> None:
     """Skip the test where the kernel can't make this kind of pool."""
-    version = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
-    if kind == "passthrough" and version < (6, 9):
+    if kind == "passthrough" and not _has_passthrough():
         pytest.skip(f"Linux {platform.release()} has no FUSE passthrough")
+
+
+def usual_pool() -> str:
+    """The kind of pool that a daemon makes here unless it is told otherwise."""
+    return POOL_KINDS[0] if _has_passthrough() else POOL_KINDS[1]
+
+
+def _has_passthrough() -> bool:
+    version = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+    return version >= (6, 9)
 
 
 def mount_table(pid: int | str = "self") -> list[str]:

@@ -66,6 +66,7 @@ def example(language: str) -> str:
     return str(found)
 
 
+@pytest.mark.one_pool
 def test_the_example_in_c_runs(mount: daemons.Mount, tmp_path: Path) -> None:
     library = ROOT / "libkdbus"
     source, program = tmp_path / "upper.c", tmp_path / "upper"
@@ -78,6 +79,7 @@ def test_the_example_in_c_runs(mount: daemons.Mount, tmp_path: Path) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "FOOBAR\n", "")
 
 
+@pytest.mark.one_pool
 def test_the_example_in_python_runs(mount: daemons.Mount) -> None:
     run = subprocess.run(
         [sys.executable, "-c", example("python"), mount.path],

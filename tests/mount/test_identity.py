@@ -30,6 +30,8 @@ from kdbusfs.abi.structs import U64
 from mount.processes import Child, in_child
 from mount.raw import Bus, Connection, Info, Received, fails, libc, outcome
 
+pytestmark = pytest.mark.one_pool
+
 USER, GROUP, OTHERS = 4711, 4712, [4713, 4714, 70000]
 PR_SET_NAME = 15
 UNSET = 0xFFFFFFFF

@@ -22,6 +22,8 @@ from kdbusfs.abi.structs import U64, U64x2
 from mount.processes import Child
 from mount.raw import BLOOM_SIZE, Bus, Connection, Received, bloom, fails
 
+pytestmark = pytest.mark.one_pool
+
 NAME = "com.example.name"
 ANY_ID = (1 << 64) - 1
 ALLOW, REPLACE, QUEUE = (*(NameFlag.ALLOW_REPLACEMENT, NameFlag.REPLACE_EXISTING, NameFlag.QUEUE),)

@@ -15,6 +15,8 @@ from kdbusfs.abi.structs import U64x2
 from mount.processes import Child
 from mount.raw import PAGE, Bus, Connection, File, fails, poll, succeeds
 
+pytestmark = pytest.mark.one_pool
+
 IDLE = select.POLLOUT | select.POLLWRNORM
 READABLE = IDLE | select.POLLIN | select.POLLRDNORM
 DEAD = select.POLLERR | select.POLLHUP

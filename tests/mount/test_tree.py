@@ -19,6 +19,8 @@ from kdbusfs.abi.numbers import Command, ItemType, MakeFlag
 from mount.processes import Child, in_child
 from mount.raw import Bus, Connection, File, Memory, fails, ioctl, outcome
 
+pytestmark = pytest.mark.one_pool
+
 USER = 4711
 GROUP = 4712
 

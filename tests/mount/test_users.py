@@ -25,6 +25,8 @@ from kdbusfs.abi.numbers import (
 from mount.processes import Child, become
 from mount.raw import MIB, Bus, Connection, bloom, fails, outcome, succeeds
 
+pytestmark = pytest.mark.one_pool
+
 ALICE, BOB, CAROL = 4711, 4712, 4713
 SERVICE = "com.example.service"
 

@@ -38,6 +38,8 @@ from privilege.conftest import NewPerson
 from privilege.people import CAP_IPC_OWNER
 from privilege.test_policy import ALICE, BOB, CLUB, NAME, TEAM, may_own, may_talk, policy
 
+pytestmark = pytest.mark.one_pool
+
 OWN, TALK, SEE = PolicyAccess.OWN, PolicyAccess.TALK, PolicyAccess.SEE
 USER, GROUP, WORLD = PolicyType.USER, PolicyType.GROUP, PolicyType.WORLD
 GROUP_MAY, WORLD_MAY = MakeFlag.ACCESS_GROUP, MakeFlag.ACCESS_WORLD

@@ -31,6 +31,8 @@ from privilege.people import (
 )
 from privilege.test_policy import ALICE, BOB, CLUB, TEAM
 
+pytestmark = pytest.mark.one_pool
+
 NOBODY = 65534
 """What an id is shown as that the receiver's user namespace has no name for."""
 UNSET = 0xFFFFFFFF

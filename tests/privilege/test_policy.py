@@ -19,6 +19,8 @@ from mount.raw import Bus, Connection, fails
 from privilege.conftest import NewPerson
 from privilege.people import CAP_IPC_OWNER, CLONE_NEWUSER, Remote
 
+pytestmark = pytest.mark.one_pool
+
 ALICE, BOB, CAROL = 1001, 1002, 1003
 TEAM, CLUB = 2001, 2002
 OWN, TALK, SEE = PolicyAccess.OWN, PolicyAccess.TALK, PolicyAccess.SEE

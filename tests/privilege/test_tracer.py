@@ -16,6 +16,8 @@ import daemons
 from mount.raw import Bus
 from privilege.test_policy import ALICE
 
+pytestmark = pytest.mark.one_pool
+
 PROGRAMS = Path(__file__).parent / "programs"
 INCLUDE = Path(__file__).parents[2] / "libkdbus" / "include"
 NOT_HERE, NEVER_REACHED = 77, 3
