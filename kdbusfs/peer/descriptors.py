@@ -68,6 +68,9 @@ _HARMLESS = frozenset(
     f"anon_inode:[{kind}]" for kind in ("eventfd", "pidfd", "timerfd", "signalfd")
 )
 """What has no server and holds nothing."""
+_POLLABLE = _HARMLESS | {"anon_inode:inotify"}
+_POLLABLE_FAMILIES = frozenset({socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK})
+"""What can be polled without waiting, whatever others do with it."""
 
 Watcher = Callable[[int, Callable[[], None]], Callable[[], None] | None]
 """Calls back when a descriptor is readable; returns what ends the watch, None if that can't be.
@@ -175,8 +178,7 @@ class FileDescriptor:
         if mode == stat.S_IFREG:
             return is_kdbusfs_device(self._device)
         if mode == stat.S_IFSOCK:
-            with self._socket() as ours:
-                return ours.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN) == socket.AF_UNIX
+            return self._family() == socket.AF_UNIX
         return not mode and self._link() == "anon_inode:[io_uring]"
 
     def _link(self) -> str:
@@ -195,6 +197,11 @@ class FileDescriptor:
             yield ours
         finally:
             ours.detach()
+
+    def _family(self) -> int:
+        """Of the socket it is."""
+        with self._socket() as ours:
+            return ours.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)
 
     # --- the socket for descriptors
 
@@ -263,11 +270,12 @@ class FileDescriptor:
     def check_pollable(self) -> None:
         if self.is_path():
             raise CommandError(EBADF, "cancel descriptor is O_PATH")
-        if stat.S_IFMT(self._mode) in (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR):
+        mode = stat.S_IFMT(self._mode)
+        if mode == stat.S_IFIFO or (not mode and self._link() in _POLLABLE):
             return
-        # Others may be served by anybody, and poll asks their server. What is left has no type:
-        # eventfd and its like. An epoll instance is one, too, and asks all that it watches.
-        if stat.S_IFMT(self._mode) or self._link() in ("", "anon_inode:[eventpoll]"):
+        # Others may be served by anybody, and poll asks their server; or it waits for a lock that
+        # callers can hold: that of a terminal's line discipline, or of a socket that receives.
+        if mode != stat.S_IFSOCK or self._family() not in _POLLABLE_FAMILIES:
             raise CommandError(EINVAL, "cancel descriptor can't be polled")
 
     def watch(self, callback: Callable[[], None]) -> Callable[[], None] | None:

@@ -155,6 +155,11 @@ def test_what_may_be_a_cancel_descriptor(bus: Bus, person: NewPerson) -> None:
         "pipe": "ETIMEDOUT",
         "socket": "ETIMEDOUT",
         "timerfd or pidfd": "ETIMEDOUT",
+        "udp socket": "ETIMEDOUT",
+        "terminal": "EINVAL",
+        "device": "EINVAL",
+        "socket of another family": "EINVAL",
+        "io_uring": "EINVAL",
         "the bus": "EINVAL",
         "control": "EINVAL",
         "memfd": "EINVAL",
@@ -174,6 +179,11 @@ def _cancel_by_all_kinds(endpoint: str) -> dict[str, str]:
             "pipe": os.pipe()[0],
             "socket": ours.fileno(),
             "timerfd or pidfd": os.pidfd_open(os.getpid()),
+            "udp socket": socket.socket(type=socket.SOCK_DGRAM).detach(),
+            "terminal": os.openpty()[1],
+            "device": os.open("/dev/null", os.O_RDONLY),
+            "socket of another family": _socket_of_another_family(),
+            "io_uring": uring.set_up(),
             "the bus": connection.fd,
             "control": control.fd,
             "memfd": os.memfd_create("x"),
@@ -183,6 +193,15 @@ def _cancel_by_all_kinds(endpoint: str) -> dict[str, str]:
             "negative": -1,
         }
         return {kind: try_to_cancel(connection, fd) for kind, fd in kinds.items()}
+
+
+def _socket_of_another_family() -> int:
+    """Of those that the kernel may have been built without, the first it has."""
+    kinds = [(socket.AF_VSOCK, socket.SOCK_STREAM), (socket.AF_ALG, socket.SOCK_SEQPACKET)]
+    for family, kind in kinds[:-1]:
+        with contextlib.suppress(OSError):
+            return socket.socket(family, kind).detach()
+    return socket.socket(*kinds[-1]).detach()
 
 
 @pytest.fixture(params=[True, False], ids=["allow_other", "private"])
