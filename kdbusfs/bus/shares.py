@@ -12,6 +12,7 @@ from errno import EMFILE, ENOMEM, EXFULL
 
 from ..abi.errors import CommandError
 from .call import Step
+from .principals import PRINCIPALS
 
 MIB = 1 << 20
 
@@ -21,9 +22,9 @@ class Share:
 
     A user may have a third of what others leave, as with the quota of a pool, and no more than
     *most*. All users together may have three quarters; the rest is for root alone, which may have
-    all that is left. So many users, as the owner of subordinate ids can be, can use up what is for
-    users, but never what is for root. *name* says what it is about, *errno* what who asks for more
-    is told.
+    all that is left. So many users can use up what is for users, but never what is for root; and
+    the subordinate ids of somebody are not many, but one (`principals`). *name* says what it is
+    about, *errno* what who asks for more is told.
     """
 
     __slots__ = ("_n_taken", "_taken", "errno", "most", "name", "total")
@@ -41,6 +42,7 @@ class Share:
         """Let user *uid* have *n* more; an error changes nothing."""
         if not n:
             return
+        uid = PRINCIPALS.of(uid)
         mine = self._taken.get(uid, 0)
         if uid:
             share = min((self.total - self.total // 4 - self._n_taken + mine) // 3, self.most)
@@ -53,6 +55,7 @@ class Share:
 
     def discharge(self, uid: int, n: int) -> None:
         """Give back what `charge` took."""
+        uid = PRINCIPALS.of(uid)
         left = self._taken.get(uid, 0) - n
         assert left >= 0, f"{self.name} of {uid} given back twice"
         if left:
@@ -63,7 +66,7 @@ class Share:
 
     def taken(self, uid: int) -> int:
         """How much user *uid* has."""
-        return self._taken.get(uid, 0)
+        return self._taken.get(PRINCIPALS.of(uid), 0)
 
     def check(self) -> None:
         """Assert what must hold between any two calls."""

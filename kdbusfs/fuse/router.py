@@ -30,6 +30,7 @@ from pyfuse3 import FUSEError
 from ..abi.items import Buffer
 from ..abi.structs import U32
 from ..bus.domain import Domain
+from ..bus.principals import PRINCIPALS
 from ..native import ffi, lib
 from ..peer.leftovers import Leftovers
 from ..peer.process import renew_scratch
@@ -246,7 +247,8 @@ class Router:
             size, opcode, unique = _unpack_head(requests)
             request, requests = requests[:size], requests[size:]
             if opcode in _QUEUED and size <= _MOST_QUEUED:
-                self._queue.push(_unpack_u32(request, IN_HEADER_UID)[0], bytes(request))
+                uid = PRINCIPALS.of(_unpack_u32(request, IN_HEADER_UID)[0])
+                self._queue.push(uid, bytes(request))
                 self._queued.add(unique)
             elif opcode == _INTERRUPT and wire.interrupted(request) in self._queued:
                 # It is for later, when the request it is for begins.
@@ -349,7 +351,7 @@ class Router:
 
     def _has_to_wait(self, request: memoryview, size: int) -> bool:
         """Whether a command is kept for later, since too many of the same user's stall."""
-        uid = _unpack_u32(request, IN_HEADER_UID)[0]
+        uid = PRINCIPALS.of(_unpack_u32(request, IN_HEADER_UID)[0])
         if uid not in self._kept and not self._crew.users.has_its_share(uid):
             return False
         self._kept.setdefault(uid, deque()).append(bytes(request[:size]))

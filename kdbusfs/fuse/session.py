@@ -16,8 +16,10 @@ import pyfuse3
 import trio
 
 from ..bus.domain import Domain
+from ..bus.principals import PRINCIPALS
 from ..bus.shares import Budget
 from ..peer.namespaces import OWN_USER
+from ..peer.subordinate import read_ranges
 from ..user_error import UserError
 from .relay import tree_pair
 from .router import Router
@@ -50,6 +52,7 @@ class Session:
         if spin_us is None:
             spin_us = DEFAULT_SPIN_US if len(os.sched_getaffinity(0)) > 1 else 0
         memory_size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        PRINCIPALS.replace(read_ranges())
         domain = Domain(_Clock(), OWN_USER, Budget(memory_size))
         self._tree = Tree(domain.root)
         ours, self._theirs = tree_pair()

@@ -21,6 +21,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 
+from ..bus.principals import PRINCIPALS
+
 LIMIT = 0.25
 """Seconds after which a call is answered though a file of it is still being closed."""
 MAX_THREADS = 256
@@ -123,6 +125,7 @@ class Closers:
         caller: int | None = getattr(local, "uid", None)
         if caller is None:
             return None
+        caller = PRINCIPALS.of(caller)
         if self._is_distrusted(uid) and (caller != uid or self._busy.get(uid, 0) >= self._share()):
             # It would be in vain where all of the user's threads are stuck.
             return None
@@ -136,11 +139,12 @@ class Closers:
 
     def n_waiting(self, uid: int) -> int:
         """How much of a user's waits to be done."""
-        jobs = self._jobs.get(uid)
+        jobs = self._jobs.get(PRINCIPALS.of(uid))
         return len(jobs) if jobs is not None else 0
 
     def submit(self, uid: int, action: Action) -> None:
         """Have *action*, which concerns a file of user *uid*, done in a thread."""
+        uid = PRINCIPALS.of(uid)
         with self.lock:
             job = action, self._closing_for(uid)
             jobs = self._jobs.get(uid)

@@ -28,6 +28,7 @@ from errno import ESTALE
 from typing import NoReturn
 
 from ..abi.errors import Fault, Stalled
+from ..bus.principals import PRINCIPALS
 from ..native import lib
 
 log = logging.getLogger(__name__)
@@ -70,10 +71,12 @@ class Users:
         self._n: dict[int, int] = {}
 
     def begin(self, uid: int) -> None:
+        uid = PRINCIPALS.of(uid)
         with self._lock:
             self._n[uid] = self._n.get(uid, 0) + 1
 
     def end(self, uid: int) -> None:
+        uid = PRINCIPALS.of(uid)
         with self._lock:
             n = self._n.pop(uid) - 1
             if n:
@@ -85,7 +88,7 @@ class Users:
 
     def has_its_share(self, uid: int) -> bool:
         """Whether the next call of *uid* has to wait until an earlier one stalls no more."""
-        n = self._n.get(uid, 0)
+        n = self._n.get(PRINCIPALS.of(uid), 0)
         return n >= MAX_OF_USER or (n > 0 and sum(self._n.values()) >= MAX_OF_ALL)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..abi.items import Buffer
+from ..bus.principals import PRINCIPALS
 from ..native import ffi, lib
 from .closers import CLOSERS
 
@@ -46,6 +47,7 @@ class Workers:
 
     def submit(self, uid: int, job: Callable[[], None]) -> bool:
         """Have *job* run; False: too many jobs of *uid* wait, or no thread can be had."""
+        uid = PRINCIPALS.of(uid)
         with self._changed:
             jobs = self._waiting.get(uid)
             if jobs is not None and len(jobs) >= self._queue:
