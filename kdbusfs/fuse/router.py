@@ -34,7 +34,7 @@ from ..bus.principals import PRINCIPALS
 from ..native import ffi, lib
 from ..peer.leftovers import Leftovers
 from ..peer.process import renew_scratch
-from ..peer.stall import TURN, Crew, fail
+from ..peer.stall import TURN, Crew, fail, has_left
 from . import wire
 from .backing import Backing, CacheBacking, PassthroughBacking, can_pass_through
 from .calls import Calls
@@ -227,6 +227,9 @@ class Router:
                     self._take_in(view[:n])
                 else:
                     self._dispatch(view, n)
+                if crew.current is not me:
+                    # What is left to be done is the successor's, who may be at it by now.
+                    return
                 n_turns += 1
                 if watches.fd >= 0 and not n_turns % _LOOK_EVERY:
                     self._look_around()
@@ -272,7 +275,8 @@ class Router:
             self._again(request)
         else:
             self._dispatch(memoryview(request), len(request))
-        self._queue.charge(uid, time.monotonic_ns() - begun)
+        if not has_left():
+            self._queue.charge(uid, time.monotonic_ns() - begun)
 
     def _finish(self) -> None:
         """Answer a call whose wait is over."""

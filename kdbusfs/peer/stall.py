@@ -63,6 +63,12 @@ def leave() -> None:
     worker.has_turn = False
 
 
+def has_left() -> bool:
+    """Whether the thread that asks has to keep off the bus, since it has stored results late."""
+    worker = threading.current_thread()
+    return isinstance(worker, Worker) and not worker.has_turn
+
+
 class Users:
     """Whose calls stall, and how many do. Each takes a thread of ours, so nobody gets many."""
 

@@ -20,6 +20,7 @@ from kdbusfs.fuse.relay import tree_pair
 from kdbusfs.fuse.router import Router, Row
 from kdbusfs.fuse.tree import Tree
 from kdbusfs.fuse.wire import Opcode
+from kdbusfs.native import ffi
 from kdbusfs.peer.namespaces import OWN_USER
 from kdbusfs.peer.stall import TURN
 
@@ -189,6 +190,27 @@ def test_a_piece_of_work_at_a_time(bench: Bench) -> None:
     while bench.domain.work:
         bench.router._work()
     assert done == ["a0", "b0", "a1", "a2"]
+
+
+def test_who_was_overtaken_in_a_request_leaves_all_else_to_its_successor(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have no turn any more (`peer.stall.leave`), and the other is at work."""
+    router, looked = bench.router, []
+    router._watches.keep_waking()
+    monkeypatch.setattr(router_module, "_LOOK_EVERY", 1)
+    monkeypatch.setattr(router, "_look_around", lambda: looked.append(1))
+    monkeypatch.setattr(router, "_dispatch", lambda *_: setattr(router._crew, "current", "another"))
+
+    def next_request(fd: int, reply: bytes, n_reply: int, events: int, to: object, *_: int) -> int:
+        one = poll(2, 1)
+        ffi.memmove(to, one, len(one))
+        return len(one)
+
+    monkeypatch.setattr(router_module, "lib", SimpleNamespace(kdbusfs_next=next_request))
+    with TURN:
+        router._loop()
+    assert not looked
 
 
 def test_a_call_that_can_not_be_finished_is_not_the_end_of_the_mount(

@@ -12,7 +12,17 @@ import pytest
 import daemons
 from kdbusfs.abi.errors import Stalled
 from kdbusfs.native import ffi, lib
-from kdbusfs.peer.stall import MAX_OF_ALL, MAX_OF_USER, TURN, Crew, Users, Worker, fail, leave
+from kdbusfs.peer.stall import (
+    MAX_OF_ALL,
+    MAX_OF_USER,
+    TURN,
+    Crew,
+    Users,
+    Worker,
+    fail,
+    has_left,
+    leave,
+)
 from mount.processes import Child
 from mount.test_slow_memory import Trap, _is_faulting
 
@@ -63,8 +73,9 @@ class Bench:
         def job() -> None:
             address = trap.memory.address
             if lib.kdbusfs_vm_store(os.getpid(), address, b"12345678", 8) > 0:
+                assert not has_left()
                 leave()
-                self.done.append(f"{word} late")
+                self.done.append(f"{word} late" if has_left() else "has the turn")
             else:
                 self.done.append(word)
 
