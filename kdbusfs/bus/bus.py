@@ -13,10 +13,8 @@ from errno import (
     EADDRNOTAVAIL,
     EBADSLT,
     EBUSY,
-    ECANCELED,
     ECOMM,
     ECONNRESET,
-    EINTR,
     ENXIO,
     EPERM,
     EPIPE,
@@ -112,7 +110,7 @@ class Bus:
             raise CommandError(EBUSY, f"{len(connection.queue)} messages unread")
         connection.alive = False
         for reply in [r for r in connection.requests if r.call is not None]:
-            self._finish(reply, ECONNRESET)
+            reply.end(ECONNRESET)
         for call in list(connection.completed):
             connection.abandon(call)
         for listing in list(connection.listings):
@@ -135,9 +133,9 @@ class Bus:
             connection.queue.remove(entry)
             connection.discard(entry)
         for reply in [*connection.requests, *connection.suspended.values()]:
-            self._forget(reply)
+            reply.forget()
         for reply in list(connection.pending_replies):
-            self.reply_dead(reply)
+            reply.die()
         connection.lost = 0
         if connection.fd_socket is not None:
             connection.fd_socket.release()
@@ -171,7 +169,8 @@ class Bus:
                 )
             )
 
-    def _announce_reply(self, type_: ItemType, reply: Reply) -> None:
+    def announce_reply(self, type_: ItemType, reply: Reply) -> None:
+        """Have the requester told, with the next `flush`, that nobody answers."""
         domain = self.domain
         self._notifications.append(
             Notification(
@@ -313,7 +312,7 @@ class Bus:
             return
         self._check_talk(message, target)
         if message.flags & _EXPECT_REPLY:
-            self._request(message, target, call, None)
+            self._request(message, target, call)
             return
         entry = self._stage(message, target, call)
         # Nothing below can fail.
@@ -332,17 +331,21 @@ class Bus:
             raise
 
     def _request(
-        self, message: Message, target: Connection, call: Call, cancel: Descriptor | None
+        self,
+        message: Message,
+        target: Connection,
+        call: Call,
+        waiting: Call | None = None,
+        cancel: Descriptor | None = None,
     ) -> Reply:
-        """Queue a request with its tracker; *cancel* ends the wait of a synchronous one."""
+        """Queue a request with its tracker; *cancel* ends the wait of *waiting*."""
         reply = Reply(message.sender, target, message.cookie, message.name, message.timeout)
         entry = self._stage(message, target, call)
         call.begin(entry)
         if cancel is not None:
-            reply.unwatch = cancel.watch(lambda: self._cancel(reply))
+            reply.watch(cancel)
         # Nothing below can fail.
-        reply.enlist(entry)
-        self.domain.watch_deadline(reply)
+        reply.enlist(entry, waiting)
         call.commit()
         return reply
 
@@ -360,116 +363,26 @@ class Bus:
         try:
             entry = self._stage(message, requester, call)
         except CommandError as error:
-            self._end_wait(reply, EREMOTEIO if error.errno == ECOMM else error.errno)
+            reply.end(EREMOTEIO if error.errno == ECOMM else error.errno)
             raise
         # Nothing below can fail.
         call.commit()
-        self._end_wait(reply, 0, entry)
-
-    def _end_wait(self, reply: Reply, error: int, answer: QueueEntry | None = None) -> None:
-        """The answer to *reply* has come, or has failed."""
-        if reply.sync:
-            self._finish(reply, error, answer)
-            return
-        reply.unlist()
-        if answer is not None:
-            answer.commit()
-
-    # --- synchronous calls
+        reply.end(0, entry)
 
     def _call(self, message: Message, call: Call, cancel: Descriptor | None) -> int:
+        """A synchronous call, or one that a signal interrupted and that is made again."""
         sender = message.sender
         reply = sender.suspended.get(message.cookie)
         if reply is not None:
-            return self._resume(reply, call, cancel)
+            reply.resume(call, cancel)
+            return PENDING
         if message.timeout <= self.domain.clock.monotonic_ns() or message.timeout >= 1 << 63:
             raise CommandError(ETIMEDOUT, "deadline has passed")
         target = self._pin(message)
         self._check_talk(message, target)
-        reply = self._request(message, target, call, cancel)
-        reply.sync = True
-        self._wait(reply, call)
-        if cancel is not None and reply.unwatch is None:
-            self._cancel(reply)
+        reply = self._request(message, target, call, call, cancel)
+        reply.cancel_if_due(cancel)
         return PENDING
-
-    def _wait(self, reply: Reply, call: Call) -> None:
-        reply.call = call
-        call.wait = reply
-
-    def _resume(self, reply: Reply, call: Call, cancel: Descriptor | None) -> int:
-        """Go on with a call that a signal interrupted."""
-        ended = reply.answer is not None or reply.error != 0
-        if cancel is not None and not ended:
-            reply.unwatch = cancel.watch(lambda: self._cancel(reply))
-        # Nothing below can fail.
-        reply.resume()
-        self._wait(reply, call)
-        if ended:
-            self._finish(reply, reply.error, reply.answer)
-        elif cancel is not None and reply.unwatch is None:
-            self._cancel(reply)
-        return PENDING
-
-    def _cancel(self, reply: Reply) -> None:
-        reply.unlist()
-        self._finish(reply, ECANCELED)
-
-    def _finish(self, reply: Reply, error: int, answer: QueueEntry | None = None) -> None:
-        """End the wait of a synchronous request, with *answer* or *error*."""
-        reply.unlist()
-        reply.end_watch()
-        call = reply.call
-        if call is None:
-            reply.answer, reply.error = answer, error
-            return
-        reply.call = None
-        reply.requester.complete(call, error, answer)
-
-    def interrupt(self, call: Call) -> None:
-        """A signal ends the wait of *call* with EINTR, unless it is a LIST, which is not for long
-        and goes on to its end."""
-        if call.wait is not None:
-            call.wait.interrupt()
-
-    def suspend(self, reply: Reply, call: Call) -> None:
-        """A signal has interrupted *call*, which waits for *reply*."""
-        reply.end_watch()
-        reply.call = None
-        older = reply.requester.suspended.get(reply.cookie)
-        if older is not None:
-            self._forget(older)
-        reply.suspended = True
-        reply.requester.suspended[reply.cookie] = reply
-        reply.requester.complete(call, EINTR)
-
-    def _forget(self, reply: Reply) -> None:
-        """The requester has no more interest in *reply*."""
-        reply.unlist()
-        reply.resume()
-        if reply.answer is not None:
-            reply.requester.discard(reply.answer)
-            reply.answer = None
-
-    def time_out(self, reply: Reply) -> None:
-        """The deadline of *reply* has come."""
-        if reply.suspended:
-            self._forget(reply)
-        elif reply.sync:
-            self._finish(reply, ETIMEDOUT)
-        else:
-            reply.unlist()
-            if self.alive:
-                self._announce_reply(ItemType.REPLY_TIMEOUT, reply)
-                self.flush()
-
-    def reply_dead(self, reply: Reply) -> None:
-        """*reply* can't be answered any more."""
-        if reply.sync:
-            self._finish(reply, EPIPE)
-        else:
-            reply.unlist()
-            self._announce_reply(ItemType.REPLY_DEAD, reply)
 
     # --- receiving
 
@@ -478,8 +391,8 @@ class Bus:
         connection.queue.remove(entry)
         reply = entry.reply
         connection.discard(entry)
-        if reply is not None and reply.listed:
-            self.reply_dead(reply)
+        if reply is not None and reply.answerable:
+            reply.die()
             self.flush()
 
     # --- endpoints
@@ -530,7 +443,7 @@ class Bus:
     def _empty(self, connection: Connection) -> Iterator[None]:
         """End whoever waits on a connection of this dead bus, and drop all that it has."""
         for reply in [r for r in connection.requests if r.call is not None]:
-            self._finish(reply, ECONNRESET)
+            reply.end(ECONNRESET)
         for call in list(connection.completed):
             connection.abandon(call)
         for listing in list(connection.listings):
@@ -541,12 +454,11 @@ class Bus:
         connection.wake()
         yield
         for reply in [*connection.requests, *connection.suspended.values()]:
-            self._forget(reply)
+            reply.forget()
         for n, reply in enumerate(list(connection.pending_replies)):
-            if reply.sync:
-                self._finish(reply, EPIPE)
-            else:
-                reply.unlist()
+            # It may have come to its end since the last piece.
+            if reply.answerable:
+                reply.end(EPIPE)
             if n % _PIECE == 0:
                 yield
         n = 0

@@ -71,12 +71,12 @@ class Held(Step):
 class Waiter(Held):
     """What a call waits for, until *deadline* (CLOCK_MONOTONIC, ns) at the latest."""
 
-    __slots__ = ("deadline", "watch")
+    __slots__ = ("deadline", "deadline_number")
 
     def __init__(self) -> None:
         self.deadline = 0
-        self.watch: list[Any] = []
-        """How the domain knows it while its deadline means something; empty before and after."""
+        self.deadline_number = 0
+        """How the domain knows its deadline while that means something; 0 before and after."""
 
     @property
     def bus(self) -> Bus:
@@ -248,6 +248,12 @@ class Call(Argument):
         self.validate()
         if self.negotiating:
             self.store = RETURN_FLAGS
+
+    def interrupt(self) -> None:
+        """A signal is pending for the caller. A LIST, which waits for nothing, is not for long, and
+        goes on to its end."""
+        if self.wait is not None:
+            self.wait.interrupt()
 
     def begin(self, step: Step) -> None:
         """Leave *step* to `commit` or `undo`, whichever comes."""

@@ -16,6 +16,7 @@ from .metadata import ProcessMetadata, Viewer
 from .peer import Credentials, release
 from .pool import Pool, Slice
 from .quota import Quota, User
+from .reply import Reply, ReplyState
 
 if TYPE_CHECKING:
     from .bus import Bus
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from .message import Outgoing
     from .names import NameClaim, NameEntry, NamesView
     from .peer import Descriptor
-    from .reply import Reply
 
 ACCEPT_FD = int(HelloFlag.ACCEPT_FD)
 ACTIVATOR = int(HelloFlag.ACTIVATOR)
@@ -594,9 +594,11 @@ class Connection:
         assert all(c.wait is None for c in self.completed)
         assert all(e.receiver is self for e in queued)
         assert self.groups is None
-        assert all(r.requester is self and r.listed for r in self.requests)
-        assert all(r.target is self and r.listed for r in self.pending_replies)
-        assert all(r.suspended and r.requester is self for r in self.suspended.values())
+        assert all(r.requester is self and r.answerable for r in self.requests)
+        assert all(r.target is self and r.answerable for r in self.pending_replies)
+        suspended = (ReplyState.SUSPENDED, ReplyState.KEPT)
+        assert all(r.state in suspended for r in self.suspended.values())
+        assert all(r.requester is self for r in self.suspended.values())
         requests = set(self.requests) | {
             e.reply
             for c in self.bus.connections.values()

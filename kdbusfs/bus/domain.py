@@ -64,10 +64,11 @@ class Domain:
         self._users: dict[int, User] = {}
         self._free_inos: list[int] = []
         self._next_ino = 3
-        self._deadlines: list[tuple[int, int, list[Waiter | Reply]]] = []
+        self._deadlines: list[tuple[int, int]] = []
+        """A heap of (deadline, number), also of some waits that have ended."""
+        self._watched: dict[int, Waiter | Reply] = {}
+        """Those that have not, by number."""
         self._n_deadlines = 0
-        self._n_stale = 0
-        """How many entries of the heap are of requests that have ended."""
 
     def next_id(self) -> int:
         """An id for a bus or connection; never the same twice."""
@@ -108,21 +109,22 @@ class Domain:
     # --- deadlines of requests
 
     def watch_deadline(self, waiter: Waiter | Reply) -> None:
-        """Have *waiter*, which is in its `watch`, expire at its deadline."""
+        """Have *waiter* expire at its deadline."""
         self._n_deadlines += 1
-        heapq.heappush(self._deadlines, (waiter.deadline, self._n_deadlines, waiter.watch))
+        waiter.deadline_number = self._n_deadlines
+        self._watched[self._n_deadlines] = waiter
+        heapq.heappush(self._deadlines, (waiter.deadline, self._n_deadlines))
 
     def unwatch_deadline(self, waiter: Waiter | Reply) -> None:
-        """A watched request has ended: let go of it, and the heap not grow with what is over.
-
-        Its deadline may be far away, and through it two connections with their pools would stay.
-        """
-        waiter.watch.clear()
-        self._n_stale += 1
-        if self._n_stale > 64 and self._n_stale > len(self._deadlines) // 2:
-            self._deadlines = [d for d in self._deadlines if d[2]]
+        """A watched wait has ended. Its deadline may be far away, so that is not waited for: a
+        request would keep two connections with their pools, and the heap would grow."""
+        watched = self._watched
+        watched.pop(waiter.deadline_number, None)
+        waiter.deadline_number = 0
+        n_stale = len(self._deadlines) - len(watched)
+        if n_stale > 64 and n_stale > len(self._deadlines) // 2:
+            self._deadlines = [d for d in self._deadlines if d[1] in watched]
             heapq.heapify(self._deadlines)
-            self._n_stale = 0
 
     @property
     def watches_deadlines(self) -> bool:
@@ -132,18 +134,15 @@ class Domain:
     def next_deadline(self) -> int | None:
         """When `expire` has something to do next (CLOCK_MONOTONIC ns), or None."""
         deadlines = self._deadlines
-        while deadlines and not deadlines[0][2]:
+        while deadlines and deadlines[0][1] not in self._watched:
             heapq.heappop(deadlines)
-            self._n_stale -= 1
         return deadlines[0][0] if deadlines else None
 
     def expire(self) -> None:
         """End every request whose deadline has passed."""
         now = self.clock.monotonic_ns()
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            (waiter,) = heapq.heappop(self._deadlines)[2]
-            # It will be counted as stale when it ends, in a moment.
-            self._n_stale -= 1
+            waiter = self._watched.pop(heapq.heappop(self._deadlines)[1])
             try:
                 waiter.expire()
             except Exception as error:
@@ -163,8 +162,11 @@ class Domain:
             assert user.n_connections >= members[user]
             assert user.n_buses == makers[user]
         assert len({c.id for c in connections}) == len(connections)
-        watched = [reply for _, _, watch in self._deadlines for reply in watch]
-        assert self._n_stale == len(self._deadlines) - len(watched)
-        waiting: set[Waiter | Reply] = {w for c in connections for w in c.waiters if w.watch}
+        watched = self._watched.values()
+        assert self._watched.keys() <= {number for _, number in self._deadlines}
+        assert all(waiter.deadline_number == n for n, waiter in self._watched.items())
+        waiting: set[Waiter | Reply] = {
+            w for c in connections for w in c.waiters if w.deadline_number
+        }
         waiting |= {r for c in connections for r in (*c.requests, *c.suspended.values())}
         assert waiting == {r for r in watched if r.bus.alive}

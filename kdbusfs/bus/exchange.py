@@ -257,14 +257,12 @@ class Exchange(Waiter):
         connection.waiters[self] = None
         self.call.wait = self
         if self.deadline != _NEVER:
-            # Not the list of an earlier wait, which the domain may still know.
-            self.watch = [self]
             connection.bus.domain.watch_deadline(self)
 
     def end(self, error: int) -> None:
         """End the wait, with *error* or, if that is 0, to receive what is there."""
         del self.connection.waiters[self]
-        if self.watch:
+        if self.deadline_number:
             self.connection.bus.domain.unwatch_deadline(self)
         if error:
             self.end_watch()

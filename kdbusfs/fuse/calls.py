@@ -240,7 +240,7 @@ class Calls:
             ioctl.process.pin(self._device.fd)
         ioctl.waits = True
         if ioctl.interrupted:
-            self.interrupts.end_wait(ioctl)
+            ioctl.interrupt()
 
     def _complete(self, call: Call, error: int) -> None:
         """The bus has ended the wait of *call*. It is finished later, by itself: nothing that its
@@ -264,7 +264,7 @@ class Calls:
             if error == WAITS_AGAIN:
                 ioctl.completed = False
                 if ioctl.interrupted:
-                    self.interrupts.end_wait(ioctl)
+                    ioctl.interrupt()
             elif error == EINTR:
                 self._restart(ioctl)
             else:

@@ -35,7 +35,7 @@ class Interrupts:
             # It may have to wait on.
             ioctl.interrupted = True
         elif ioctl.waits:
-            self.end_wait(ioctl)
+            ioctl.interrupt()
         else:
             ioctl.interrupted = True
             self.pending.add(of)
@@ -44,12 +44,6 @@ class Interrupts:
     def expect(self, unique: int) -> None:
         """The same for a request that is handed to us next: it may stall."""
         self.pending.add(unique)
-
-    def end_wait(self, ioctl: Ioctl) -> None:
-        """A signal ends the wait of *ioctl*."""
-        connection = ioctl.file.handle.connection
-        assert connection is not None
-        connection.bus.interrupt(ioctl)
 
     def look_for_killed(self) -> None:
         """Let those go at once who stall, or have to wait, and are killed: else they could not

@@ -253,7 +253,7 @@ class Pending:
 
     def interrupt(self) -> None:
         """A signal arrives."""
-        self.file.handle.connection.bus.interrupt(self.call)
+        self.call.interrupt()
         self.file.domain.finish()
 
 

@@ -533,7 +533,7 @@ ENDS: dict[str, Do] = {
     "close of a custom endpoint": lambda w: w.endpoint.handle.close(),
     "close of the bus": lambda w: (w.bus.file.handle.close(), finish(w)),
     "deadlines": lambda w: w.domain.core.expire(),
-    "an interrupt": lambda w: w.sender.connection.bus.interrupt(w.call_.call),
+    "an interrupt": lambda w: w.call_.call.interrupt(),
     "a cancel descriptor": lambda w: w.peer.files[w.cancel].become_readable(),
     "an answer that is handed over": lambda w: w.sender.handle.finish(w.call_.call),
 }

@@ -60,6 +60,7 @@ from kdbusfs.abi.numbers import (
     PolicyType,
     RecvFlag,
 )
+from kdbusfs.bus.reply import ReplyState
 
 NAMES = st.sampled_from(["a.a", "b.b", "c.c"])
 SIZES = st.sampled_from([0, 1, 100, 1000])
@@ -309,6 +310,7 @@ class BusMachine(RuleBasedStateMachine):
         tracker = trackers[data.draw(st.integers(0, len(trackers) - 1))]
         asker = next(c for c in self.expected if c.connection is tracker.requester)
         cookie = self.next_cookie()
+        is_pending = tracker.state is ReplyState.PENDING
         n_pending = len(client.connection.pending_replies)
         errno = self.attempt(
             (EBADSLT, ENOBUFS, EXFULL),
@@ -316,7 +318,7 @@ class BusMachine(RuleBasedStateMachine):
         )
         assert errno != EBADSLT
         assert len(client.connection.pending_replies) == n_pending - 1
-        if not tracker.sync and not errno:
+        if is_pending and not errno:
             self.expected[asker].append((cookie, None))
 
     @rule(client=clients, bits=st.sets(st.integers(0, 3)), to_all=st.booleans(), to=clients)
@@ -405,7 +407,7 @@ class BusMachine(RuleBasedStateMachine):
             tracker = pending.call.wait
             assert pending.waiting == (tracker is not None)
             if tracker is not None:
-                assert tracker.listed
+                assert tracker.state is ReplyState.WAITING
                 assert tracker.call is pending.call
 
     def teardown(self) -> None:

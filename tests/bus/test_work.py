@@ -150,7 +150,7 @@ def test_nobody_on_a_dead_bus_is_told_anything(full: Full, monkeypatch: pytest.M
     told: list[object] = []
     monkeypatch.setattr(CoreBus, "_announce_id", lambda *args: told.append(args))
     monkeypatch.setattr(CoreBus, "announce", lambda *args: told.append(args))
-    monkeypatch.setattr(CoreBus, "_announce_reply", lambda *args: told.append(args))
+    monkeypatch.setattr(CoreBus, "announce_reply", lambda *args: told.append(args))
     full.end()
     full.domain.clock.now += 9 * SECOND
     full.wind_up(lambda n: n == 3 and full.domain.core.expire())
@@ -172,9 +172,7 @@ MEANWHILE: dict[str, Callable[[Full], object]] = {
     "a file is closed": lambda full: full.clients[-1].closed or full.clients[-1].close(),
     "deadlines come": lambda full: full.domain.advance(9 * SECOND),
     "calls are interrupted": lambda full: [
-        p.file.handle.connection.bus.interrupt(p.call)
-        for p in full.calls
-        if p.call.wait is not None
+        p.call.interrupt() for p in full.calls if p.call.wait is not None
     ],
 }
 
@@ -329,7 +327,7 @@ def test_who_ends_while_its_list_is_made_gets_none(
 
 def test_a_signal_does_not_end_a_list(crowd: list[Client], bus: Bus) -> None:
     listing = Listing(crowd[0])
-    bus.core.interrupt(listing.pending.call)
+    listing.pending.call.interrupt()
     assert listing.records() == expected(crowd)
 
 
