@@ -23,6 +23,7 @@ COMPILED = [
     "kdbusfs/bus/pool.py",
     "kdbusfs/bus/quota.py",
     "kdbusfs/bus/reply.py",
+    "kdbusfs/bus/set_up.py",
     "kdbusfs/bus/shares.py",
     "kdbusfs/fuse/calls.py",
     "kdbusfs/fuse/device.py",

@@ -9,48 +9,33 @@ stalls, the handle takes no other. It has stored its results before anybody else
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from enum import Enum, auto
 from errno import (
     EBADFD,
     EBUSY,
     ECONNRESET,
-    EEXIST,
-    EINVAL,
-    EMFILE,
     EOPNOTSUPP,
     EPERM,
     ESHUTDOWN,
 )
-from stat import S_IFDIR, S_IFREG
 from typing import NamedTuple
 
-from ..abi import structs
 from ..abi.errors import CommandError, Stalled
-from ..abi.items import build
-from ..abi.numbers import Command, ItemType, Limit
+from ..abi.numbers import Command
 from ..abi.specs import COMMAND_SPECS
-from ..abi.structs import U64, U64x2
-from ..abi.valid_names import is_policy_name
 from .bus import Bus
-from .call import NOTHING, Call, Step
-from .commands import COMMANDS, attach_flags, read_policy
-from .connection import ACTIVATOR, MONITOR, POLICY_HOLDER, SPECIAL, Connection
+from .call import Call, Step
+from .commands import COMMANDS
+from .connection import Connection
 from .domain import Domain
 from .endpoint import Endpoint
-from .metadata import PROCESS, UNSET_ID, ProcessMetadata, Viewer
-from .names import claim_size
-from .node import Node, access_mode
+from .node import Node
 from .peer import Credentials, Memory
-from .policy import Entries, parse_entries, policy_size
-from .pool import Arena, Inode, Lease, Pool, Slice
-from .quota import User
-from .shares import Charge
+from .pool import Inode
+from .set_up import hello, make_bus, make_endpoint, update_endpoint
 
-PAGE_SIZE = 4096
 _SETUP = frozenset({Command.BUS_MAKE, Command.ENDPOINT_MAKE, Command.HELLO})
-_FAKES = (ItemType.CREDS, ItemType.PIDS, ItemType.SECLABEL)
 
 
 class HandleState(Enum):
@@ -64,18 +49,15 @@ class HandleState(Enum):
     CONNECTION = auto()
 
 
-class SetUp(Step):
-    """A handle on its way into another *state*, and what its connection takes beforehand."""
+class Binding(Step):
+    """A handle on its way into another *state*."""
 
-    __slots__ = ("handle", "before", "state", "pool", "user")
+    __slots__ = ("handle", "before", "state")
 
     def __init__(self, handle: Handle, state: HandleState) -> None:
         self.handle = handle
         self.before = handle.state
         self.state = state
-        self.pool: Pool | None = None
-        self.user: User | None = None
-        """Whose connections have been counted up."""
         handle.state = HandleState.SETTING_UP
 
     def commit(self) -> None:
@@ -83,12 +65,6 @@ class SetUp(Step):
 
     def undo(self) -> None:
         self.handle.state = self.before
-        if self.user is not None:
-            self.user.n_connections -= 1
-        if self.pool is not None:
-            self.pool.close()
-            # The next HELLO may be for another size.
-            self.handle.inode.tidy()
 
 
 class Handle:
@@ -201,9 +177,8 @@ class Handle:
             self._check_may_make_endpoint()
         call.fetch(inline)
         if not call.negotiating:
-            set_up = SetUp(self, move.state)
-            call.begin(set_up)
-            move.action(self, call, set_up)
+            call.begin(Binding(self, move.state))
+            move.action(self, call)
         return 0
 
     def _check_endpoint(self) -> Endpoint:
@@ -213,222 +188,28 @@ class Handle:
             raise CommandError(ESHUTDOWN, "the endpoint has gone")
         return endpoint
 
-    # --- BUS_MAKE
-
-    def _bus_make(self, call: Call, set_up: SetUp) -> None:
-        """KDBUS_CMD_BUS_MAKE (kdbus.bus(7)): make a bus that lives as long as this handle."""
-        domain = self.domain
-        size, n_hash = structs.BLOOM_PARAMETER.unpack(_given(call, ItemType.BLOOM_PARAMETER))
-        if not Limit.BLOOM_SIZE_MIN <= size <= Limit.BLOOM_SIZE_MAX or size % 8 or not n_hash:
-            raise CommandError(EINVAL, f"bloom filter of {size} bytes, {n_hash} hashes")
-        given = call.find(ItemType.ATTACH_FLAGS_SEND)
-        mask = attach_flags(U64.unpack(given)[0]) if given else 0
-        who = call.peer.credentials()
-        name = self._prefixed_name(call, who)
-        id_ = domain.next_id()
-        if name in domain.root.children:
-            raise CommandError(EEXIST, f"bus {name} exists")
-        metadata = ProcessMetadata()
-        call.peer.gather(metadata, PROCESS)
-        creator = domain.user(who.uid)
-        if creator.n_buses >= Limit.USER_BUSES:
-            raise CommandError(EMFILE, f"{creator.n_buses} buses of this user")
-        bus = Bus(domain, id_, name, call.flags, (size, n_hash), mask, who.euid)
-        bus.creator, bus.creator_metadata = creator, metadata
-        bus.id128 = uuid.uuid4().bytes
-        _store_results(call)
-        # Nothing below can fail.
-        call.commit()
-        creator.n_buses += 1
-        mode = S_IFDIR | access_mode(call.flags, 0o500)
-        directory = domain.new_node(name, mode, bus, who)
-        self._add_endpoint(bus, directory, "bus", call.flags, who, custom=False)
-        domain.root.link(directory)
-        self.bus = bus
-
-    def _prefixed_name(self, call: Call, who: Credentials) -> str:
-        name = _given(call, ItemType.MAKE_NAME)[:-1].decode()
-        euid = self.domain.user_namespace.uid(who.euid, -1)
-        if not name.startswith(f"{euid}-"):
-            raise CommandError(EINVAL, f"name must start with {euid}-")
-        return name
-
-    def _add_endpoint(
-        self, bus: Bus, directory: Node, name: str, flags: int, who: Credentials, *, custom: bool
-    ) -> Endpoint:
-        mode = S_IFREG | access_mode(flags, 0o600)
-        node = self.domain.new_node(name, mode, bus, who)
-        endpoint = Endpoint(bus, node, custom)
-        node.subject = endpoint
-        bus.endpoints[endpoint] = None
-        directory.link(node)
-        return endpoint
-
-    # --- ENDPOINT_MAKE, ENDPOINT_UPDATE
-
     def _check_may_make_endpoint(self) -> None:
         endpoint = self.endpoint
         assert endpoint is not None
         if not endpoint.is_owner(self.opener):
             raise CommandError(EPERM, "only the bus's owner makes endpoints, on the default one")
 
-    def _endpoint_make(self, call: Call, set_up: SetUp) -> None:
-        """KDBUS_CMD_ENDPOINT_MAKE (kdbus.endpoint(7)): make a custom endpoint that lives as long
-        as this handle."""
+    def _make_bus(self, call: Call) -> None:
+        """The bus lives as long as this handle."""
+        self.bus = make_bus(self.domain, call)
+
+    def _make_endpoint(self, call: Call) -> None:
+        """The endpoint lives as long as this handle."""
         assert self.endpoint is not None
-        bus, directory = self.endpoint.bus, self.endpoint.node.parent
-        assert directory is not None
-        who = call.peer.credentials()
-        name = self._prefixed_name(call, who)
-        if name in directory.children:
-            raise CommandError(EEXIST, f"endpoint {name} exists")
-        _store_results(call)
-        # Nothing below can fail.
-        call.commit()
-        self.endpoint = self._add_endpoint(bus, directory, name, call.flags, who, custom=True)
+        self.endpoint = make_endpoint(self.endpoint, call)
 
-    def _endpoint_update(self, call: Call, set_up: SetUp) -> None:
-        """KDBUS_CMD_ENDPOINT_UPDATE (kdbus.endpoint(7)): replace the endpoint's policy."""
+    def _update_endpoint(self, call: Call) -> None:
         assert self.endpoint is not None
-        users = call.peer.credentials().user_namespace
-        entries = parse_entries(call, users)
-        call.begin(Charge(self.domain.budget.memory, self.opener.uid, policy_size(entries)))
-        call.commit()
-        self.endpoint.policy.replace(self.endpoint, self.opener.uid, entries)
+        update_endpoint(self.endpoint, self.opener, call)
 
-    # --- HELLO
-
-    def _hello(self, call: Call, set_up: SetUp) -> None:
-        """KDBUS_CMD_HELLO (kdbus.connection(7)): become a connection."""
-        endpoint = self.endpoint
-        assert endpoint is not None
-        pool_size = call.u64(structs.CMD_HELLO_POOL_SIZE)
-        name = self._check_hello(call, endpoint, pool_size)
-        send_mask = attach_flags(call.u64(structs.CMD_HELLO_ATTACH_FLAGS_SEND))
-        recv_mask = attach_flags(call.u64(structs.CMD_HELLO_ATTACH_FLAGS_RECV))
-        id_ = self.domain.next_id()
-        metadata, faked = self._hello_metadata(call)
-        user = endpoint.user
-        if not endpoint.custom:
-            uid = self.opener.uid
-            if faked and metadata.creds and endpoint.is_privileged(self.opener):
-                uid = metadata.creds[0] if metadata.creds[0] != UNSET_ID else uid
-            user = self.domain.user(uid)
-        pool = set_up.pool = self._new_pool(pool_size)
-        self.domain.connect(user)
-        set_up.user = user
-        connection = Connection(endpoint, id_, call.flags, self.opener, user, pool)
-        connection.attach_flags_send, connection.attach_flags_recv = send_mask, recv_mask
-        connection.description = call.string(ItemType.CONN_DESCRIPTION)
-        connection.metadata, connection.faked = metadata, faked
-        connection.viewer = Viewer(
-            self.opener.user_namespace, call.peer.pid_namespace(), call.peer.root()
-        )
-        if connection.kind == ACTIVATOR:
-            assert name is not None
-            endpoint.bus.names.check_activator(name)
-            call.begin(Charge(self.domain.budget.memory, self.opener.uid, claim_size(name)))
-        policy = None if name is None else read_policy(connection, call)
-        slice_ = self._store_hello(connection, call)
-        # Nothing below can fail.
-        call.commit()
-        pool.release(slice_)
-        if pool.arena.lease is not None:
-            pool.arena.lease.join()
-        self.connection = connection
-        self._join(connection, name, policy)
-
-    def _store_hello(self, connection: Connection, call: Call) -> Slice:
-        """Store the results of HELLO, all but the last step of it; returns the slice that holds
-        the bus's bloom parameters."""
-        bus, pool = connection.bus, connection.pool
-        bloom = structs.BLOOM_PARAMETER.pack(bus.bloom_size, bus.bloom_n_hash)
-        item = build(ItemType.BLOOM_PARAMETER, bloom)
-        slice_ = pool.allocate(len(item))
-        pool.memory.write(slice_.offset, item)
-        pool.publish(slice_)
-        U64x2.pack_into(call.data, structs.CMD_HELLO_BUS_FLAGS, bus.flags, connection.id)
-        U64x2.pack_into(call.data, structs.CMD_HELLO_OFFSET, slice_.offset, len(item))
-        call.data[structs.CMD_HELLO_ID128 : structs.CMD_HELLO.size] = bus.id128
-        call.store_results()
-        # No HELLO can follow on a pool that has been sealed, so this comes last.
-        pool.arena.seal()
-        return slice_
-
-    def _join(self, connection: Connection, name: bytes | None, policy: Entries | None) -> None:
-        """Let others see the new connection."""
-        bus = connection.bus
-        bus.connect(connection)
-        if connection.kind == ACTIVATOR:
-            assert name is not None
-            bus.announce(bus.names.activate(connection, name))
-        if policy is not None:
-            bus.policy.replace(connection, connection.opener.uid, policy)
-        bus.flush()
-
-    def _new_pool(self, size: int) -> Pool:
-        """A pool, charged to who opened the file as long as it is mapped; ENOMEM. EBUSY: another
-        connection on this inode has a smaller one."""
-        inode = self.inode
-        if inode.arena is not None:
-            return Pool(inode.arena, size)
-        # First, since it finds out what has gone of earlier pools.
-        arena = Arena(size, self.new_memory(size))
-        try:
-            arena.lease = Lease(self.domain.budget, self.opener.uid, size)
-        except CommandError:
-            arena.close()
-            raise
-        inode.arena = arena
-        return Pool(arena, size)
-
-    def _check_hello(self, call: Call, endpoint: Endpoint, pool_size: int) -> bytes | None:
-        """Checks that come before anything is made; returns the name, if one is given."""
-        flags = call.flags
-        if not pool_size or pool_size % PAGE_SIZE:
-            raise CommandError(EINVAL, f"pool of {pool_size} bytes")
-        kind = flags & SPECIAL
-        if kind & (kind - 1):
-            raise CommandError(EINVAL, "more than one special kind of connection")
-        name = call.string(ItemType.NAME)
-        if (name is not None) != (kind in (ACTIVATOR, POLICY_HOLDER)):
-            raise CommandError(EINVAL, "a name goes with activators and policy holders, only")
-        if name is not None and not is_policy_name(name):
-            raise CommandError(EINVAL, "invalid name")
-        if kind == MONITOR and endpoint.custom:
-            raise CommandError(EOPNOTSUPP, "no monitors on custom endpoints")
-        if not endpoint.is_owner(self.opener):
-            if kind:
-                raise CommandError(EPERM, "a special connection is for the bus's owner")
-            if any(item.type in _FAKES for item in call.items):
-                raise CommandError(EPERM, "faked credentials are for the bus's owner")
-        return name
-
-    def _hello_metadata(self, call: Call) -> tuple[ProcessMetadata, bool]:
-        """Who the connection is: what it claims, if it claims anything, or its process."""
-        metadata, peer = ProcessMetadata(), call.peer
-        creds, pids = call.find(ItemType.CREDS), call.find(ItemType.PIDS)
-        metadata.seclabel = call.string(ItemType.SECLABEL)
-        if creds is None and pids is None and metadata.seclabel is None:
-            peer.gather(metadata, PROCESS)
-            return metadata, False
-        if creds is not None:
-            users = peer.credentials().user_namespace
-            claimed = structs.CREDS.unpack(creds)
-            uids = [_claimed_id(i, users.outer_uid) for i in claimed[:4]]
-            gids = [_claimed_id(i, users.outer_gid) for i in claimed[4:]]
-            metadata.creds = (*uids, *gids)
-        if pids is not None:
-            found = []
-            for pid in structs.PIDS.unpack(pids):
-                numbers = peer.find_process(pid) if pid else (0,)
-                if numbers is None:
-                    raise CommandError(EINVAL, f"no process {pid}")
-                found.append(numbers)
-            metadata.pids = tuple(found)
-            metadata.pid_namespace = peer.pid_namespace()
-        metadata.gathered = PROCESS
-        return metadata, True
+    def _hello(self, call: Call) -> None:
+        assert self.endpoint is not None
+        self.connection = hello(self.endpoint, self.opener, self.inode, self.new_memory, call)
 
     # --- poll and close
 
@@ -486,18 +267,18 @@ class Handle:
 class Move(NamedTuple):
     """A command that a handle without a connection takes, and the state it leads to."""
 
-    action: Callable[[Handle, Call, SetUp], None]
+    action: Callable[[Handle, Call], None]
     state: HandleState
 
 
 _MOVES: dict[tuple[HandleState, int], Move] = {
-    (HandleState.CONTROL, Command.BUS_MAKE): Move(Handle._bus_make, HandleState.BUS_OWNER),
+    (HandleState.CONTROL, Command.BUS_MAKE): Move(Handle._make_bus, HandleState.BUS_OWNER),
     (HandleState.ENDPOINT, Command.ENDPOINT_MAKE): Move(
-        Handle._endpoint_make, HandleState.ENDPOINT_OWNER
+        Handle._make_endpoint, HandleState.ENDPOINT_OWNER
     ),
     (HandleState.ENDPOINT, Command.HELLO): Move(Handle._hello, HandleState.CONNECTION),
     (HandleState.ENDPOINT_OWNER, Command.ENDPOINT_UPDATE): Move(
-        Handle._endpoint_update, HandleState.ENDPOINT_OWNER
+        Handle._update_endpoint, HandleState.ENDPOINT_OWNER
     ),
 }
 
@@ -509,25 +290,3 @@ _NEGOTIATES_MORE = frozenset(
 
 def _no_memory(size: int) -> Memory:
     raise CommandError(EBADFD, "closed")
-
-
-def _store_results(call: Call) -> None:
-    """Store what BUS_MAKE and ENDPOINT_MAKE return while they can still fail."""
-    call.store_results()
-    call.store = NOTHING
-
-
-def _given(call: Call, type_: ItemType) -> bytes:
-    payload = call.find(type_)
-    assert payload is not None, "mandatory items have been checked"
-    return payload
-
-
-def _claimed_id(value: int, outer: Callable[[int], int | None]) -> int:
-    """One id of a faked CREDS item, as the domain knows it."""
-    if value == UNSET_ID:
-        return UNSET_ID
-    mapped = outer(value & 0xFFFFFFFF)
-    if mapped is None or value & 0xFFFFFFFF == UNSET_ID:
-        raise CommandError(EINVAL, f"id {value} is not mapped")
-    return mapped
