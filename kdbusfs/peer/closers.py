@@ -3,8 +3,12 @@
 
 close(2) may wait: for a socket that lingers, for the server of a FUSE file, for all that lies in
 an AF_UNIX socket's queue. So threads do it. Whoever caused it is answered when it is done, so
-that a file is closed when the call returns, but for no longer than `LIMIT`; the thread that runs
-the bus never waits.
+that a file is closed when the call returns, but for no longer than `LIMIT`.
+
+Mostly it takes no time, and a thread that runs Python would take far more than the close. So a
+file is first given to a thread in C (native/closing.c), for which the thread that runs the bus
+waits `QUICK_NS`, and no longer. If a file of some user is not closed by then, it waits for no other
+one of that user before a second has passed and that file is closed.
 
 A user has up to `PER_USER` of the threads, and one while more than `CROWDED` are busy. Somebody
 whose files turned out to be slow is not waited for by others for a while: they have to close
@@ -14,15 +18,23 @@ threads is free.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
+from errno import EAGAIN
+from functools import partial
 
 from ..bus.principals import PRINCIPALS
+from ..native import lib
 
+QUICK_NS = 200_000
+"""How long the thread that runs the bus waits for a close, to save a far longer way."""
+_NOT_QUICK_SECONDS = 1.0
+"""How long it waits for none of a user's again, after one that took longer."""
 LIMIT = 0.25
 """Seconds after which a call is answered though a file of it is still being closed."""
 MAX_THREADS = 256
@@ -102,6 +114,10 @@ class Closers:
         self._limits: deque[tuple[float, Closing]] = deque()
         self._limits_changed = threading.Condition(self.lock)
         self._has_limiter = False
+        self._not_quick: dict[int, float] = {}
+        """Until when nobody waits for a user's files, of those of which one was not quick."""
+        self._in_lanes: set[int] = set()
+        """Users of whom a thread in C has not closed a file yet."""
         self._local = threading.local()
 
     # --- whom a file is closed for
@@ -141,6 +157,36 @@ class Closers:
         """How much of a user's waits to be done."""
         jobs = self._jobs.get(PRINCIPALS.of(uid))
         return len(jobs) if jobs is not None else 0
+
+    def close(self, uid: int, fd: int, closed: Action) -> None:
+        """Close *fd*, a file of user *uid*, and call *closed* then: right now, if it is quick, else
+        in a thread."""
+        uid = PRINCIPALS.of(uid)
+        lane = lib.kdbusfs_close_quickly(fd, QUICK_NS) if self._may_be_quick(uid) else -EAGAIN
+        if lane == 0:
+            closed()
+        elif lane > 0:
+            with self.lock:
+                now = time.monotonic()
+                self._not_quick = {u: until for u, until in self._not_quick.items() if until > now}
+                self._not_quick[uid] = now + _NOT_QUICK_SECONDS
+                self._in_lanes.add(uid)
+            self.submit(uid, partial(self._join, lane, uid, closed))
+        else:
+            self.submit(uid, partial(_close, fd, closed))
+
+    def _may_be_quick(self, uid: int) -> bool:
+        if not self._not_quick and not self._distrusted:
+            return True
+        if uid in self._in_lanes or self._is_distrusted(uid):
+            return False
+        return self._not_quick.get(uid, 0.0) <= time.monotonic()
+
+    def _join(self, lane: int, uid: int, closed: Action) -> None:
+        lib.kdbusfs_close_join(lane)
+        with self.lock:
+            self._in_lanes.discard(uid)
+        closed()
 
     def submit(self, uid: int, action: Action) -> None:
         """Have *action*, which concerns a file of user *uid*, done in a thread."""
@@ -267,6 +313,13 @@ class Closers:
                     continue
                 self._limits.popleft()
             closing.give_up()
+
+
+def _close(fd: int, closed: Action) -> None:
+    try:
+        os.close(fd)
+    finally:
+        closed()
 
 
 CLOSERS = Closers()

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EBADF, EINVAL, EMEDIUMTYPE, EMFILE, ETXTBSY
+from functools import partial
 from struct import Struct
 
 from ..abi.errors import CommandError
@@ -137,19 +138,15 @@ class FileDescriptor:
         fd, self.fd = self.fd, -1
         if fd < 0:
             return
-        uid = self._uid
-
-        def close() -> None:
-            try:
-                os.close(fd)
-            finally:
-                FD_TABLE.discharge(uid)
-
+        closed = partial(FD_TABLE.discharge, self._uid)
         if self._is_harmless(fd):
-            with suppress(OSError):
-                close()
+            try:
+                with suppress(OSError):
+                    os.close(fd)
+            finally:
+                closed()
         else:
-            CLOSERS.submit(uid, close)
+            CLOSERS.close(self._uid, fd, closed)
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:

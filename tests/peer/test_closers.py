@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -210,3 +213,78 @@ def test_what_a_close_reports_ends_no_thread(closers: Closers) -> None:
 
     answered = answer(closers, ALICE, *[(ALICE, fail)] * 20)
     soon(lambda: len(answered) == 1, "no answer")
+
+
+def lingering_socket() -> socket.socket:
+    """One whose last close takes ten seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = socket.create_connection(listener.getsockname())
+        stuck.append(listener.accept()[0])
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 10))
+    sender.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            sender.send(bytes(1 << 16))
+    return sender
+
+
+stuck: list[socket.socket] = []
+"""The other ends of those, which read nothing."""
+
+
+def test_what_is_quick_is_closed_when_it_returns_without_a_thread(closers: Closers) -> None:
+    for _ in range(20):
+        a, b = socket.socketpair()
+        fd, closed = a.detach(), list[int]()
+        closers.collect(ALICE)
+        closers.close(ALICE, fd, lambda closed=closed: closed.append(1))  # type: ignore[misc]
+        closing = closers.collected()
+        if closing is not None:
+            # The machine was busy.
+            closing.wait()
+        assert closed == [1]
+        assert b.recv(1) == b""
+        b.close()
+
+
+def test_nobody_waits_for_a_socket_that_lingers(closers: Closers) -> None:
+    sockets = [lingering_socket() for _ in range(3)]
+    closed: list[int] = []
+    answers = []
+    start = time.monotonic()
+    for sender in sockets:
+        closers.collect(ALICE)
+        closers.close(ALICE, sender.detach(), lambda: closed.append(1))
+        closing = closers.collected()
+        assert closing is not None
+        closing.when_done(lambda: answers.append(time.monotonic() - start))
+    assert time.monotonic() - start < LIMIT
+    assert not closed
+    # Somebody else's, meanwhile.
+    a, b = socket.socketpair()
+    closers.close(BOB, a.detach(), lambda: closed.append(2))
+    assert b.recv(1) == b""
+    soon(lambda: 2 in closed, "not closed")
+    soon(lambda: len(answers) == 3, "no answers")
+    assert 1 not in closed
+    while stuck:
+        # What was sent is lost: nothing is left to linger for.
+        end = stuck.pop()
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+        end.close()
+    soon(lambda: closed.count(1) == 3, "not closed in the end")
+    b.close()
+
+
+def test_a_user_takes_no_more_than_one_of_the_threads_in_c(closers: Closers) -> None:
+    """However many of its files are stuck, a second user's has one."""
+    for _ in range(5):
+        closers.close(ALICE, lingering_socket().detach(), lambda: None)
+    assert closers._in_lanes == {ALICE}
+    closers.close(BOB, lingering_socket().detach(), lambda: None)
+    assert closers._in_lanes == {ALICE, BOB}
+    while stuck:
+        end = stuck.pop()
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+        end.close()
+    soon(lambda: not closers._in_lanes, "not joined")
