@@ -14,7 +14,7 @@ import pytest
 import daemons
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
