@@ -16,6 +16,18 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+static void print_credentials(struct msghdr *message)
+{
+	struct ucred creds;
+
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c; c = CMSG_NXTHDR(message, c)) {
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_CREDENTIALS)
+			continue;
+		memcpy(&creds, CMSG_DATA(c), sizeof(creds));
+		printf("credentials: pid %d, uid %u, gid %u\n", creds.pid, creds.uid, creds.gid);
+	}
+}
+
 int main(int argc, char **argv)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX }, sender = {};
@@ -33,8 +45,6 @@ int main(int argc, char **argv)
 		.msg_control = &control,
 		.msg_controllen = sizeof(control),
 	};
-	struct cmsghdr *c;
-	struct ucred creds;
 	ssize_t size;
 	int fd;
 
@@ -60,12 +70,7 @@ int main(int argc, char **argv)
 	printf("message: %.*s\nlength: %zd\nsender: @%.*s\n", (int)size, text, size,
 	       (int)(message.msg_namelen - offsetof(struct sockaddr_un, sun_path) - 1),
 	       sender.sun_path + 1);
-	for (c = CMSG_FIRSTHDR(&message); c; c = CMSG_NXTHDR(&message, c)) {
-		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_CREDENTIALS)
-			continue;
-		memcpy(&creds, CMSG_DATA(c), sizeof(creds));
-		printf("credentials: pid %d, uid %u, gid %u\n", creds.pid, creds.uid, creds.gid);
-	}
+	print_credentials(&message);
 
 	close(fd);
 	unlink(argv[1]);

@@ -240,6 +240,27 @@ static void test_typed_items(void)
 	assert(!kdbus_item_get_id_change(&u.item));
 }
 
+/* name, data, zeros, memfd and descriptors, in this order and nothing behind them */
+static void check_items(const struct kdbus_msg *msg, const int *fds, size_t n_fds)
+{
+	const struct kdbus_item *item;
+
+	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), NULL);
+	assert(item->type == KDBUS_ITEM_DST_NAME && !strcmp(item->str, "com.example"));
+	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), item);
+	assert(item->type == KDBUS_ITEM_PAYLOAD_VEC && item->size == 32 && item->vec.size == 3);
+	assert(!memcmp((const void *)(uintptr_t)item->vec.address, "foo", 3));
+	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), item);
+	assert(item->type == KDBUS_ITEM_PAYLOAD_VEC && item->vec.size == 5 && !item->vec.address);
+	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), item);
+	assert(item->type == KDBUS_ITEM_PAYLOAD_MEMFD && item->size == 40);
+	assert(item->memfd.fd == 3 && item->memfd.start == 8 && item->memfd.size == 16);
+	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), item);
+	assert(item->type == KDBUS_ITEM_FDS && item->size == 16 + n_fds);
+	assert(!memcmp(item->fds, fds, n_fds));
+	assert((const uint8_t *)item + item->size == (const uint8_t *)msg + msg->size);
+}
+
 static void test_build(void)
 {
 	_cleanup_(kdbus_message_freep) struct kdbus_message *message = NULL;
@@ -271,20 +292,7 @@ static void test_build(void)
 	assert(msg->dst_id == 12 && msg->priority == -3 && msg->cookie == 99);
 	assert(msg->flags == KDBUS_MSG_EXPECT_REPLY && msg->timeout_ns == 1000);
 
-	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), NULL);
-	assert(item->type == KDBUS_ITEM_DST_NAME && !strcmp(item->str, "com.example"));
-	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), item);
-	assert(item->type == KDBUS_ITEM_PAYLOAD_VEC && item->size == 32 && item->vec.size == 3);
-	assert(!memcmp((const void *)(uintptr_t)item->vec.address, "foo", 3));
-	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), item);
-	assert(item->type == KDBUS_ITEM_PAYLOAD_VEC && item->vec.size == 5 && !item->vec.address);
-	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), item);
-	assert(item->type == KDBUS_ITEM_PAYLOAD_MEMFD && item->size == 40);
-	assert(item->memfd.fd == 3 && item->memfd.start == 8 && item->memfd.size == 16);
-	item = kdbus_items_next(msg->items, msg->size - sizeof(*msg), item);
-	assert(item->type == KDBUS_ITEM_FDS && item->size == 16 + 12);
-	assert(!memcmp(item->fds, fds, sizeof(fds)));
-	assert((const uint8_t *)item + item->size == (const uint8_t *)msg + msg->size);
+	check_items(msg, fds, sizeof(fds));
 
 	/* what was there can be replaced, and taken back */
 	assert(kdbus_message_set_dst_name(message, "x.y") == 0);

@@ -575,18 +575,37 @@ static void run_deaf(const char *mount)
 	say(N_DEAF, now() - start);
 }
 
+static void wait_until_gone(struct kdbus_conn *witness, unsigned int n, double start)
+{
+	struct kdbus_message *message;
+	uint64_t n_gone = 0;
+	int r;
+
+	/* What did not fit into the queue is counted as lost. */
+	while (n_gone < n) {
+		r = kdbus_conn_recv(witness, &message);
+		n_gone += kdbus_conn_take_lost(witness);
+		if (r == -EAGAIN) {
+			kdbus_conn_wait(witness, kdbus_deadline(UINT64_C(1000000)));
+			CHECK(now() - start < PATIENCE_S, "%" PRIu64 " of %u are gone", n_gone, n);
+			continue;
+		}
+		CHECK(!r, "%s", strerror(-r));
+		++n_gone;
+		kdbus_message_free(message);
+	}
+	CHECK(n_gone == n, "%" PRIu64 " of %u are gone", n_gone, n);
+}
+
 /* Everybody dies at the same time, with messages and calls under way. */
 static void run_massacre(const char *mount, unsigned int n, uint64_t enough)
 {
 	struct kdbus_bus *bus = make_bus(mount, "0-massacre");
 	struct kdbus_conn *witness = connect_to(kdbus_bus_get_path(bus), 4 << 20);
 	struct kdbus_info_list *list;
-	struct kdbus_message *message;
 	struct kdbus_match *match;
 	pid_t children[N_PARTIES];
-	uint64_t n_gone = 0;
 	double start;
-	int r;
 
 	for (unsigned int i = 0; i < N_PARTIES; i++) {
 		children[i] = child_new();
@@ -607,20 +626,7 @@ static void run_massacre(const char *mount, unsigned int n, uint64_t enough)
 	start = now();
 	for (unsigned int i = 0; i < N_PARTIES; i++)
 		CHECK(!kill(children[i], SIGKILL), "%m");
-	/* What did not fit into the queue is counted as lost. */
-	while (n_gone < n) {
-		r = kdbus_conn_recv(witness, &message);
-		n_gone += kdbus_conn_take_lost(witness);
-		if (r == -EAGAIN) {
-			kdbus_conn_wait(witness, kdbus_deadline(UINT64_C(1000000)));
-			CHECK(now() - start < PATIENCE_S, "%" PRIu64 " of %u are gone", n_gone, n);
-			continue;
-		}
-		CHECK(!r, "%s", strerror(-r));
-		++n_gone;
-		kdbus_message_free(message);
-	}
-	CHECK(n_gone == n, "%" PRIu64 " of %u are gone", n_gone, n);
+	wait_until_gone(witness, n, start);
 	for (unsigned int i = 0; i < N_PARTIES; i++)
 		CHECK(waitpid(children[i], NULL, 0) == children[i], "%m");
 	say(n, now() - start);

@@ -129,6 +129,36 @@ static void ask(int fd)
 	ioctl(fd, KDBUS_CMD_MATCH_ADD, &match);
 }
 
+static void do_anything(int fd, char *pool, uint64_t to)
+{
+	struct pollfd poller = { .fd = fd, .events = POLLIN };
+
+	switch (rand() % 8) {
+	case 0:
+	case 1:
+		send_one(fd, to, 0);
+		break;
+	case 2:
+	case 3:
+		send_one(fd, self, 0);
+		break;
+	case 4:
+		receive(fd, pool);
+		break;
+	case 5:
+		name(fd, rand() % 2 ? KDBUS_CMD_NAME_ACQUIRE : KDBUS_CMD_NAME_RELEASE);
+		break;
+	case 6:
+		ask(fd);
+		poll(&poller, 1, 0);
+		break;
+	case 7:
+		if (rand() % 4 == 0)
+			send_one(fd, to, 1);
+		break;
+	}
+}
+
 int main(int argc, char **argv)
 {
 	uint64_t to;
@@ -148,7 +178,6 @@ int main(int argc, char **argv)
 			.pool_size = POOL_SIZE,
 		};
 		struct kdbus_cmd bye = { .size = sizeof(bye) };
-		struct pollfd poller = { .events = POLLIN };
 		char *pool;
 		int fd;
 
@@ -162,32 +191,7 @@ int main(int argc, char **argv)
 		if (pool == MAP_FAILED)
 			return 1;
 		for (int n = rand() % 40; n > 0; n--) {
-			switch (rand() % 8) {
-			case 0:
-			case 1:
-				send_one(fd, to, 0);
-				break;
-			case 2:
-			case 3:
-				send_one(fd, self, 0);
-				break;
-			case 4:
-				receive(fd, pool);
-				break;
-			case 5:
-				name(fd,
-				     rand() % 2 ? KDBUS_CMD_NAME_ACQUIRE : KDBUS_CMD_NAME_RELEASE);
-				break;
-			case 6:
-				ask(fd);
-				poller.fd = fd;
-				poll(&poller, 1, 0);
-				break;
-			case 7:
-				if (rand() % 4 == 0)
-					send_one(fd, to, 1);
-				break;
-			}
+			do_anything(fd, pool, to);
 		}
 		if (rand() % 2)
 			ioctl(fd, KDBUS_CMD_BYEBYE, &bye);
