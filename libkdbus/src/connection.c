@@ -4,10 +4,12 @@
  */
 
 #include <fcntl.h>
-#include <poll.h>
+
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include "command.h"
+#include "exchange.h"
 #include "deadline.h"
 #include "item.h"
 #include "policy.h"
@@ -76,7 +78,7 @@ int kdbus_conn_copy_slice(struct kdbus_conn *conn, uint64_t offset, uint64_t siz
 	if (copy)
 		copy_shared(copy + n_front, conn->pool + offset, size);
 
-	r = kdbus_command_free(conn, offset);
+	r = kdbus_command_free_now(conn, offset);
 	if (!copy)
 		return -ENOMEM;
 	/* policy holders may not free */
@@ -123,6 +125,7 @@ static void conn_unref(struct kdbus_conn *conn)
 	conn_unmap(conn);
 	if (kdbus_owner_check(&conn->owner) == 0) {
 		pthread_mutex_destroy(&conn->slice_lock);
+		pthread_mutex_destroy(&conn->free_lock);
 		pthread_rwlock_destroy(&conn->queue_lock);
 	}
 	kdbus_owner_deinit(&conn->owner);
@@ -145,7 +148,7 @@ static void slice_give_back(KdbusSlice *slice)
 	pthread_mutex_unlock(&conn->slice_lock);
 
 	if (!closed)
-		kdbus_command_free(conn, slice->offset);
+		kdbus_command_free(conn, slice->offset, slice->size);
 }
 
 /**
@@ -186,21 +189,50 @@ static void conn_replace_pool(struct kdbus_conn *conn)
 		munmap(copy, conn->pool_size);
 }
 
-/* items of the bus, in a slice that is freed afterwards */
+/* items of the bus, in a slice that is still to be freed */
 static int conn_read_bloom(struct kdbus_conn *conn, uint64_t offset, uint64_t size)
 {
 	_cleanup_(freep) void *items = NULL;
 	const struct kdbus_item *item;
-	int r;
 
-	r = kdbus_conn_copy_slice(conn, offset, size, 0, &items);
-	if (r < 0)
-		return r;
+	if (offset > conn->pool_size || size > conn->pool_size - offset)
+		return -EBADMSG;
 
+	items = malloc(size ?: 1);
+	if (!items)
+		return -ENOMEM;
+
+	copy_shared(items, conn->pool + offset, size);
 	item = kdbus_items_find(items, size, KDBUS_ITEM_BLOOM_PARAMETER);
 	if (item && kdbus_item_get_payload_size(item) == sizeof(conn->bloom))
 		conn->bloom = item->bloom_parameter;
 	return 0;
+}
+
+/*
+ * Free the slice of HELLO, and agree on a socket for descriptors: by an exchange, which tells
+ * whether there is such a command here.
+ */
+static void conn_extend(struct kdbus_conn *conn, uint64_t offset)
+{
+	KdbusExchange exchange;
+	int fds[2];
+
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, fds) >= 0) {
+		conn->has_exchange = true;
+		kdbus_conn_defer_free(conn, offset, 0);
+		kdbus_exchange_init(&exchange, conn, 0, 0);
+		exchange.cmd.fd_socket = fds[1];
+		conn->has_exchange = kdbus_exchange_run(&exchange, conn) == 0;
+		safe_close(fds[1]);
+		if (conn->has_exchange) {
+			conn->fd_socket.fd = fds[0];
+			return;
+		}
+		safe_close(fds[0]);
+	}
+	/* policy holders may not free, and don't need to */
+	kdbus_command_free_now(conn, offset);
 }
 
 static int conn_hello(struct kdbus_conn *conn, const struct kdbus_conn_options *options)
@@ -248,7 +280,12 @@ static int conn_hello(struct kdbus_conn *conn, const struct kdbus_conn_options *
 	conn->bus_flags = cmd->bus_flags;
 	memcpy(conn->bus_id, cmd->id128, sizeof(conn->bus_id));
 
-	return conn_read_bloom(conn, cmd->offset, cmd->items_size);
+	r = conn_read_bloom(conn, cmd->offset, cmd->items_size);
+	if (r < 0)
+		return r;
+
+	conn_extend(conn, cmd->offset);
+	return 0;
 }
 
 /**
@@ -275,6 +312,7 @@ _public_ int kdbus_conn_new_from_fd(struct kdbus_conn **connp, int fd,
 	conn->fd_socket = (KdbusFdSocket)KDBUS_FD_SOCKET_INIT;
 	pthread_mutex_init(&conn->slice_lock, NULL);
 	pthread_rwlock_init(&conn->queue_lock, NULL);
+	pthread_mutex_init(&conn->free_lock, NULL);
 	conn->n_refs = 1;
 
 	r = kdbus_owner_init(&conn->owner);
@@ -286,7 +324,6 @@ _public_ int kdbus_conn_new_from_fd(struct kdbus_conn **connp, int fd,
 		return r;
 	}
 
-	kdbus_fd_socket_connect(&conn->fd_socket, fd);
 	*connp = conn;
 	return 0;
 }
@@ -417,29 +454,7 @@ _public_ int kdbus_conn_update(struct kdbus_conn *conn, const uint64_t *attach_f
  */
 _public_ int kdbus_conn_wait(struct kdbus_conn *conn, uint64_t deadline)
 {
-	struct pollfd pfd = { .fd = conn->fd, .events = POLLIN };
-	struct timespec timeout = {};
-	uint64_t now;
-	int r;
-
-	r = kdbus_owner_check(&conn->owner);
-	if (r < 0)
-		return r;
-
-	now = deadline ? kdbus_now() : 0;
-	if (deadline > now) {
-		timeout.tv_sec = (deadline - now) / NSEC_PER_SEC;
-		timeout.tv_nsec = (deadline - now) % NSEC_PER_SEC;
-	}
-
-	r = ppoll(&pfd, 1, deadline == KDBUS_DEADLINE_NEVER ? NULL : &timeout, NULL);
-	if (r < 0)
-		return -errno;
-	if (r == 0)
-		return -ETIMEDOUT;
-	if (pfd.revents & POLLNVAL)
-		return -EBADF;
-	return pfd.revents & (POLLERR | POLLHUP) ? -ECONNRESET : 0;
+	return kdbus_command_wait(conn, deadline, -1);
 }
 
 /**

@@ -26,6 +26,9 @@
 
 typedef struct KdbusSlice KdbusSlice;
 
+/* slices that may wait to be freed */
+#define KDBUS_DEFERRED_MAX 32
+
 struct KdbusSlice {
 	struct kdbus_conn *conn;
 	uint64_t offset;
@@ -59,6 +62,16 @@ struct kdbus_conn {
 	pthread_mutex_t slice_lock;
 	KdbusSlice *slices;
 	bool closed;
+
+	/* EXCHANGE is known here, and these slices wait for the next one to be freed */
+	bool has_exchange;
+	pthread_mutex_t free_lock;
+	_Atomic size_t n_deferred;
+	size_t deferred_size;
+	uint64_t deferred[KDBUS_DEFERRED_MAX];
+
+	/* threads in an exchange that waits: what comes is theirs */
+	_Atomic size_t n_waiting;
 };
 
 int kdbus_conn_ioctl(const struct kdbus_conn *conn, unsigned long code, void *cmd);

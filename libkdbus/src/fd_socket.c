@@ -36,29 +36,6 @@ void kdbus_fd_packet_freep(KdbusFdPacket **packetp)
 }
 
 /**
- * kdbus_fd_socket_connect() - agree with kdbusfs on a socket
- * @fd_socket:	socket to set up; its fd stays -1 if there is no such service
- * @conn_fd:	connection, after HELLO
- *
- * Whatever stands against it, kdbus works without.
- */
-void kdbus_fd_socket_connect(KdbusFdSocket *fd_socket, int conn_fd)
-{
-	struct kdbusfs_cmd_fd_socket cmd = { .size = sizeof(cmd) };
-	int fds[2];
-
-	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, fds) < 0)
-		return;
-
-	cmd.fd = fds[1];
-	if (kdbus_ioctl(conn_fd, KDBUSFS_CMD_FD_SOCKET, &cmd) < 0)
-		safe_close(fds[0]);
-	else
-		fd_socket->fd = fds[0];
-	safe_close(fds[1]);
-}
-
-/**
  * kdbus_fd_socket_deinit() - end a socket
  * @fd_socket:	socket to end; descriptors nobody asked for are closed
  *

@@ -41,6 +41,5 @@ struct KdbusFdSocket {
 KdbusFdPacket *kdbus_fd_packet_free(KdbusFdPacket *packet);
 void kdbus_fd_packet_freep(KdbusFdPacket **packetp);
 
-void kdbus_fd_socket_connect(KdbusFdSocket *fd_socket, int conn_fd);
 void kdbus_fd_socket_deinit(KdbusFdSocket *fd_socket);
 KdbusFdPacket *kdbus_fd_socket_take(KdbusFdSocket *fd_socket, uint64_t offset);

@@ -187,7 +187,7 @@ int kdbus_message_new_from_slice(struct kdbus_message **messagep, struct kdbus_c
 
 	message = calloc(1, sizeof(*message));
 	if (!message) {
-		kdbus_command_free(conn, info->offset);
+		kdbus_command_free(conn, info->offset, info->msg_size);
 		return -ENOMEM;
 	}
 

@@ -47,7 +47,7 @@ int ioctl(int fd, unsigned long code, ...)
 	va_end(arguments);
 
 	assert(code != KDBUSFS_CMD_RECV && code != KDBUSFS_CMD_SEND);
-	if (code == KDBUSFS_CMD_FD_SOCKET) {
+	if (_IOC_TYPE(code) == KDBUS_IOCTL_MAGIC && _IOC_NR(code) >= 0xf0) {
 		errno = ENOTTY;
 		return -1;
 	}
@@ -441,6 +441,95 @@ static void test_interrupted_call(void)
 	assert(pthread_join(thread, NULL) == 0);
 	/* it was sent once */
 	assert(kdbus_conn_drop(b) == -EAGAIN);
+}
+
+static void test_many(void)
+{
+	_cleanup_(kdbus_conn_freep) struct kdbus_conn *a = connect_with(0), *b = connect_with(0);
+	enum {
+		N = 200
+	};
+	struct kdbus_message *out[N], *in[N];
+	static uint8_t large[20000];
+	size_t n, n_sent, n_received = 0;
+
+	for (uint32_t i = 0; i < N; ++i) {
+		out[i] = message_to(kdbus_conn_get_id(b), NULL);
+		memcpy(large, &i, sizeof(i));
+		/* some of it does not fit in a call with others */
+		assert(kdbus_message_append_data(out[i], i % 50 ? "x" : (void *)large,
+						 i % 50 ? 1 : sizeof(large)) == 0);
+	}
+	assert(kdbus_conn_send_many(a, out, N, &n_sent) == 0 && n_sent == N);
+	while (n_received < N) {
+		assert(kdbus_conn_recv_many(b, kdbus_deadline(PATIENCE), -1, in + n_received, 64,
+					    &n) == 0);
+		assert(n > 0 && n <= 64);
+		n_received += n;
+	}
+	assert(n_received == N);
+	for (size_t i = 0; i < N; ++i) {
+		assert(kdbus_message_get_cookie(in[i]) == i + 1);
+		assert(kdbus_message_get_size(in[i]) == (i % 50 ? 1 : sizeof(large)));
+		kdbus_message_free(in[i]);
+	}
+	assert(kdbus_conn_recv_many(b, 0, -1, in, 1, &n) == -ETIMEDOUT);
+	assert(kdbus_conn_recv_many(b, 0, -1, in, 0, &n) == -EINVAL);
+
+	/* the first that is refused ends it */
+	assert(kdbus_message_set_dst_id(out[100], 1ULL << 40) == 0);
+	assert(kdbus_conn_send_many(a, out, N, &n_sent) == -ENXIO && n_sent == 100);
+	for (size_t i = 0; i < N; ++i)
+		kdbus_message_free(out[i]);
+}
+
+static void *serve(void *userdata)
+{
+	struct kdbus_conn *conn = userdata;
+	struct kdbus_message *request, *reply, *next = NULL;
+
+	assert(kdbus_conn_recv_wait(conn, KDBUS_DEADLINE_NEVER, -1, &request) == 0);
+	while (kdbus_message_get_size(request) > 1) {
+		assert(kdbus_message_new(&reply) == 0);
+		assert(kdbus_message_append_data(reply, "pong", 4) == 0);
+		assert(kdbus_conn_reply_recv(conn, request, reply, KDBUS_DEADLINE_NEVER, -1,
+					     &next) == 0);
+		/* nobody waits for it a second time */
+		assert(kdbus_conn_reply(conn, request, reply) == -EBADSLT);
+		kdbus_message_free(reply);
+		kdbus_message_free(request);
+		request = next;
+	}
+	kdbus_message_free(request);
+	return NULL;
+}
+
+static void test_reply_recv(void)
+{
+	_cleanup_(kdbus_conn_freep) struct kdbus_conn *a = connect_with(0), *b = connect_with(0);
+	_cleanup_(kdbus_message_freep) struct kdbus_message *request = NULL;
+	struct kdbus_message *reply;
+	pthread_t thread;
+	int cancel;
+
+	request = message_to(kdbus_conn_get_id(b), "ping");
+	assert(pthread_create(&thread, NULL, serve, b) == 0);
+	for (size_t i = 0; i < 100; ++i) {
+		assert(kdbus_conn_call(a, request, kdbus_deadline(PATIENCE), -1, &reply) == 0);
+		check_text(reply, "pong");
+		kdbus_message_free(reply);
+	}
+	send_text(a, kdbus_conn_get_id(b), "!");
+	assert(pthread_join(thread, NULL) == 0);
+
+	assert(kdbus_conn_recv_wait(b, 0, -1, &reply) == -ETIMEDOUT);
+	assert(kdbus_conn_recv_wait(b, kdbus_deadline(SECOND / 100), -1, &reply) == -ETIMEDOUT);
+	cancel = eventfd(1, EFD_CLOEXEC);
+	assert(cancel >= 0);
+	assert(kdbus_conn_recv_wait(b, KDBUS_DEADLINE_NEVER, cancel, &reply) == -ECANCELED);
+	close(cancel);
+	assert(kdbus_conn_byebye(b) == 0);
+	assert(kdbus_conn_recv_wait(b, KDBUS_DEADLINE_NEVER, -1, &reply) == -ECONNRESET);
 }
 
 static void test_names(void)
@@ -974,6 +1063,8 @@ static const struct {
 	TEST(accept_fd),
 	TEST(call),
 	TEST(interrupted_call),
+	TEST(many),
+	TEST(reply_recv),
 	TEST(names),
 	TEST(info),
 	TEST(signals),

@@ -143,11 +143,20 @@ bool kdbus_conn_has_fd_socket(const struct kdbus_conn *conn);
 /* transfer.c: messages in and out */
 
 int kdbus_conn_send(struct kdbus_conn *conn, struct kdbus_message *message);
+int kdbus_conn_send_many(struct kdbus_conn *conn, struct kdbus_message *const *messages, size_t n,
+			 size_t *n_sentp);
 int kdbus_conn_call(struct kdbus_conn *conn, struct kdbus_message *message, uint64_t deadline,
 		    int cancel_fd, struct kdbus_message **replyp);
 int kdbus_conn_reply(struct kdbus_conn *conn, const struct kdbus_message *request,
 		     struct kdbus_message *reply);
+int kdbus_conn_reply_recv(struct kdbus_conn *conn, const struct kdbus_message *request,
+			  struct kdbus_message *reply, uint64_t deadline, int cancel_fd,
+			  struct kdbus_message **nextp);
 int kdbus_conn_recv(struct kdbus_conn *conn, struct kdbus_message **messagep);
+int kdbus_conn_recv_wait(struct kdbus_conn *conn, uint64_t deadline, int cancel_fd,
+			 struct kdbus_message **messagep);
+int kdbus_conn_recv_many(struct kdbus_conn *conn, uint64_t deadline, int cancel_fd,
+			 struct kdbus_message **messages, size_t n_max, size_t *np);
 int kdbus_conn_recv_priority(struct kdbus_conn *conn, int64_t priority,
 			     struct kdbus_message **messagep);
 int kdbus_conn_peek(struct kdbus_conn *conn, struct kdbus_message **messagep);
