@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
@@ -129,8 +130,29 @@ int kdbusfs_pidfd_info(int32_t tid, uint64_t *identity, uint32_t *ids)
 	return 0;
 }
 
+/* A copy of descriptor @fd of @tid. -EINVAL before Linux 6.9, which has no pidfds of threads. */
+int kdbusfs_pidfd_take(int32_t tid, int fd)
+{
+	int pidfd = syscall(SYS_pidfd_open, tid, PIDFD_THREAD_), copy;
+
+	if (pidfd < 0)
+		return -errno;
+	copy = syscall(SYS_pidfd_getfd, pidfd, fd, 0);
+	copy = copy < 0 ? -errno : copy;
+	close(pidfd);
+	return copy;
+}
+
+static int option(int fd, int name)
+{
+	socklen_t size = sizeof(int);
+	int value;
+
+	return getsockopt(fd, SOL_SOCKET, name, &value, &size) < 0 ? -1 : value;
+}
+
 /* How many files lie in the queue of an AF_UNIX socket, -ENOTTY where the kernel does not tell. */
-int kdbusfs_queued_files(int fd)
+static int queued_files(int fd)
 {
 	static const char field[] = "\nscm_fds:";
 	char path[64], text[1024];
@@ -144,4 +166,23 @@ int kdbusfs_queued_files(int fd)
 	text[n] = 0;
 	found = strstr(text, field);
 	return found ? atoi(found + sizeof(field) - 1) : -ENOTTY;
+}
+
+/*
+ * Lets nothing be sent any more to @fd, which has to be an AF_UNIX socket of type SOCK_SEQPACKET
+ * whose other end is user @uid's: else -EINVAL. Returns how many files lie in its queue, to which none
+ * can be added; another negative errno if that is not known.
+ */
+int kdbusfs_make_channel(int fd, uint32_t uid)
+{
+	struct ucred peer;
+	socklen_t size = sizeof(peer);
+	int n;
+
+	if (option(fd, SO_DOMAIN) != AF_UNIX || option(fd, SO_TYPE) != SOCK_SEQPACKET ||
+	    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 || peer.uid != uid ||
+	    shutdown(fd, SHUT_RD) < 0)
+		return -EINVAL;
+	n = queued_files(fd);
+	return n == -EINVAL ? -ENOTTY : n;
 }

@@ -7,4 +7,5 @@ int64_t kdbusfs_proc_read(int32_t tid, const char *name, void *to, uint64_t size
 int64_t kdbusfs_proc_link(int32_t tid, const char *name, void *to, uint64_t size);
 int64_t kdbusfs_proc_root(int32_t tid, void *to, uint64_t size);
 int kdbusfs_pidfd_info(int32_t tid, uint64_t *identity, uint32_t *ids);
-int kdbusfs_queued_files(int fd);
+int kdbusfs_pidfd_take(int32_t tid, int fd);
+int kdbusfs_make_channel(int fd, uint32_t uid);

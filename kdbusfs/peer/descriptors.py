@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EBADF, EINVAL, EMEDIUMTYPE, EMFILE, ETXTBSY
 from functools import partial
-from struct import Struct
 
 from ..abi.errors import CommandError
 from ..mount.mountinfo import FILESYSTEM_TYPE, fstype_of
@@ -29,8 +28,6 @@ from .fd_table import FD_TABLE, check_exhausted
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _O_PATH = os.O_PATH
 _SO_DOMAIN = 39
-_UCRED = Struct("=iII")
-"""struct ucred (unix(7)): pid, uid, gid."""
 
 _ours: set[tuple[int, int]] = set()
 """Devices of our own mounts, which may be bound where our mount table does not show them."""
@@ -209,28 +206,15 @@ class FileDescriptor:
             raise CommandError(EBADF, "O_PATH descriptor")
         if not stat.S_ISSOCK(self._mode):
             raise CommandError(EINVAL, "no socket")
-        try:
-            with self._socket() as ours:
-                if not self._is_own_peer(ours):
-                    raise CommandError(EINVAL, "no AF_UNIX socket to the caller itself")
-                # A connection that lies in the queue of its own socket would never end, since
-                # nobody but us holds that socket any more.
-                ours.shutdown(socket.SHUT_RD)
-        except OSError as error:
-            raise CommandError(EINVAL, f"no such socket: {error}") from None
-        # Nothing can be added any more. Packets without files may lie there as long as they like.
-        if lib.kdbusfs_queued_files(self.fd):
+        # A connection that lies in the queue of its own socket would never end, since nobody but us
+        # holds that socket any more.
+        n_queued: int = lib.kdbusfs_make_channel(self.fd, self._uid)
+        if n_queued == -EINVAL:
+            raise CommandError(EINVAL, "no AF_UNIX socket to the caller itself")
+        # Packets without files may lie there as long as they like.
+        if n_queued:
             self.hold()
             CLOSERS.submit(self._uid, self._drain)
-
-    def _is_own_peer(self, ours: socket.socket) -> bool:
-        option = ours.getsockopt
-        if option(socket.SOL_SOCKET, _SO_DOMAIN) != socket.AF_UNIX:
-            return False
-        if option(socket.SOL_SOCKET, socket.SO_TYPE) != socket.SOCK_SEQPACKET:
-            return False
-        credentials = option(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        return int(_UCRED.unpack(credentials)[1]) == self._uid
 
     def _drain(self) -> None:
         """Drop the files that were sent before. Empty packets look like the end, so it is asked

@@ -334,19 +334,23 @@ class Process:
         return FileDescriptor(taken, self._watcher, self.uid)
 
     def _take(self, fd: int) -> int:
-        pidfd = lib.kdbusfs_pidfd_open(self.thread())
-        if pidfd == -EINVAL:
-            # Before Linux 6.9 a pidfd is of a process; its threads share the table all but always.
-            pidfd = lib.kdbusfs_pidfd_open_process(self.status.process())
-        try:
-            taken: int = lib.kdbusfs_pidfd_getfd(pidfd, fd) if pidfd >= 0 else pidfd
-        finally:
-            if pidfd >= 0:
-                os.close(pidfd)
+        taken: int = lib.kdbusfs_pidfd_take(self.thread(), fd)
+        if taken == -EINVAL:
+            taken = self._take_of_process(fd)
         if taken < 0:
             check_exhausted(-taken)
             raise CommandError(EBADF, f"descriptor {fd} is not open")
         return taken
+
+    def _take_of_process(self, fd: int) -> int:
+        """Before Linux 6.9 a pidfd is of a process; its threads share the table all but always."""
+        pidfd: int = lib.kdbusfs_pidfd_open_process(self.status.process())
+        if pidfd < 0:
+            return pidfd
+        try:
+            return int(lib.kdbusfs_pidfd_getfd(pidfd, fd))
+        finally:
+            os.close(pidfd)
 
 
 def _argv0(tid: int) -> bytes | None:
