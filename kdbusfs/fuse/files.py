@@ -17,7 +17,9 @@ from errno import (
     EOPNOTSUPP,
     EPERM,
 )
+from functools import partial
 from select import POLLERR, POLLHUP, POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM
+from time import monotonic_ns
 from typing import Protocol
 
 from ..abi.errors import CommandError
@@ -32,6 +34,7 @@ from ..bus.node import Node
 from ..bus.peer import Credentials
 from ..bus.pool import Inode
 from ..bus.shares import Share
+from ..peer.closers import CLOSERS
 from ..peer.descriptors import Watcher
 from ..peer.fd_table import check_exhausted
 from ..peer.memory import PoolMemory
@@ -53,6 +56,9 @@ HELLO."""
 _OPENS = 1 << 17
 _MOST_OPENS = 2 * _MAX_OPEN
 """Files of the mount that may be open at all, and by one user."""
+_SLOW_WAKE_NS = 1_000_000
+_SLOW_WAKES = 2
+"""As many wakes of a file that have taken longer than that, and the next is left to a thread."""
 
 
 class NewBacking(Protocol):
@@ -85,7 +91,7 @@ class OpenInode:
 class OpenFile:
     """What an fh of ours stands for: a handle of the bus and how the kernel sees it."""
 
-    __slots__ = ("fh", "handle", "inode", "kh", "nodeid", "poll_wanted", "uid")
+    __slots__ = ("fh", "handle", "inode", "kh", "n_slow_wakes", "nodeid", "poll_wanted", "uid")
 
     def __init__(self, fh: int, nodeid: int) -> None:
         self.fh = fh
@@ -98,6 +104,8 @@ class OpenFile:
         self.kh = 0
         """The kernel's name for whoever polls this file."""
         self.poll_wanted = False
+        self.n_slow_wakes = 0
+        """How many times in a row it has taken long to wake those who poll it."""
 
 
 def _no_pool(size: int) -> PoolMemory:
@@ -274,9 +282,20 @@ class OpenFiles:
     def _wake(self, file: OpenFile) -> None:
         if file.poll_wanted:
             file.poll_wanted = False
-            self._device.write(
-                wire.NOTIFY_POLL.pack(wire.NOTIFY_POLL.size, wire.NOTIFY_CODE_POLL, 0, file.kh)
-            )
+            if file.n_slow_wakes < _SLOW_WAKES:
+                self._notify(file)
+            else:
+                CLOSERS.submit(file.uid, partial(self._notify, file), is_waited_for=False)
+
+    def _notify(self, file: OpenFile) -> None:
+        """Wake all who poll *file*. The kernel does that in the thread that asks for it, one after
+        the other, and a file may be in an epoll instance under any number of numbers."""
+        begun = monotonic_ns()
+        self._device.write(
+            wire.NOTIFY_POLL.pack(wire.NOTIFY_POLL.size, wire.NOTIFY_CODE_POLL, 0, file.kh)
+        )
+        is_slow = monotonic_ns() - begun > _SLOW_WAKE_NS
+        file.n_slow_wakes = file.n_slow_wakes + 1 if is_slow else 0
 
     # --- read and write: page faults of a cache pool, and what users must not do
 

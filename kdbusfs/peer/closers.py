@@ -188,11 +188,12 @@ class Closers:
             self._in_lanes.discard(uid)
         closed()
 
-    def submit(self, uid: int, action: Action) -> None:
-        """Have *action*, which concerns a file of user *uid*, done in a thread."""
+    def submit(self, uid: int, action: Action, is_waited_for: bool = True) -> None:
+        """Have *action*, which concerns a file of user *uid*, done in a thread; whether the call
+        that brings it about is to be answered after that."""
         uid = PRINCIPALS.of(uid)
         with self.lock:
-            job = action, self._closing_for(uid)
+            job = action, self._closing_for(uid) if is_waited_for else None
             jobs = self._jobs.get(uid)
             if jobs is None:
                 jobs = self._jobs[uid] = deque()

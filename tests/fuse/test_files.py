@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How those who poll a file are woken."""
+
+import threading
+
+import pytest
+
+import daemons
+from bus.fakes import FakeClock
+from kdbusfs.bus.domain import Domain
+from kdbusfs.fuse import files as files_module
+from kdbusfs.fuse.backing import Backing
+from kdbusfs.fuse.device import Device
+from kdbusfs.fuse.files import OpenFile, OpenFiles
+from kdbusfs.fuse.tree import Tree
+from kdbusfs.peer.namespaces import OWN_USER
+
+
+class Clock:
+    """Each look at it takes *step* nanoseconds."""
+
+    def __init__(self) -> None:
+        self.now = self.step = 0
+
+    def __call__(self) -> int:
+        self.now += self.step
+        return self.now
+
+
+class SlowDevice(Device):
+    """A device that remembers which threads have written to it."""
+
+    __slots__ = ("threads",)
+
+    def __init__(self) -> None:
+        super().__init__(-1)
+        self.threads: list[str] = []
+
+    def write(self, data: object) -> None:
+        self.threads.append(threading.current_thread().name)
+
+
+def _no_backing(nodeid: int, uid: int) -> Backing:
+    raise AssertionError("no endpoint is opened here")
+
+
+def test_those_who_take_long_to_wake_are_woken_by_another_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A file may be polled under thousands of numbers; as soon as it is not, all is as before."""
+    clock, device = Clock(), SlowDevice()
+    monkeypatch.setattr(files_module, "monotonic_ns", clock)
+    domain = Domain(FakeClock(), OWN_USER)
+    files = OpenFiles(device, domain, Tree(domain.root), _no_backing, lambda *_: None)
+    file, own = OpenFile(1, 1), threading.current_thread().name
+
+    def wake() -> str:
+        n = file.n_slow_wakes + 1 if clock.step > 1_000_000 else 0
+        file.poll_wanted = True
+        files._wake(file)
+        daemons.wait_until(lambda: file.n_slow_wakes == n, "the account of it")
+        return device.threads[-1]
+
+    assert [wake() for _ in range(3)] == [own] * 3
+    clock.step = 5_000_000
+    assert [wake() for _ in range(4)] == [own, own, "kdbusfs-close", "kdbusfs-close"]
+    clock.step = 1
+    assert wake() == "kdbusfs-close"
+    assert wake() == own
