@@ -85,7 +85,7 @@ def _parser() -> _Parser:
     parser.add_argument(
         "mount_point",
         metavar="MOUNTPOINT",
-        help="the directory to mount on; /sys/fs/kdbus needs not exist",
+        help="the directory to mount on; /sys/fs/kdbus need not exist",
     )
     parser.add_argument(
         "-f",

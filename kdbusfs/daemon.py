@@ -119,7 +119,7 @@ def _serve(options: Options, mount_point: Path, ready: Callable[[], None]) -> in
             # The nursery's wrapping, which would hide a UserError.
             raise _only_one(group) from None
         finally:
-            # It is ending already: who asks for that now is not to make it look killed.
+            # It is ending already: one more signal must not make it look as if it was killed.
             for number in END_SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
     log.info("unmounted %s", mount_point)

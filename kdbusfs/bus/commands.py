@@ -258,7 +258,7 @@ def _info_target(connection: Connection, call: Call) -> Connection:
     if name is not None:
         target = bus.names.owner_of(name)
         if target is None or not endpoint.may_see_name(who, name) or id_ not in (0, target.id):
-            raise CommandError(ESRCH, "no such name, or not that owner")
+            raise CommandError(ESRCH, "no such name, or it is owned by another id")
     elif id_:
         target = bus.connections.get(id_)
         if target is None or not endpoint.may_see(who, target):

@@ -100,7 +100,7 @@ class QueueEntry(Held):
         call.answered(self.slice.offset, self.size)
 
     def release_descriptors(self) -> None:
-        """The message is gone; who receives its files holds them by itself."""
+        """The message is gone. Whoever receives its files has holds of its own."""
         if self.positions:
             release(self.fds)
             release(self.memfds)

@@ -59,7 +59,7 @@ class Domain:
         self.work = Work()
         """What takes long: to be done in pieces, as long as there is some."""
         self.report: Callable[[BaseException], None] = _raise
-        """Told of an exception that nobody expected where nothing can be undone any more."""
+        """Called with an unexpected exception where nothing can be undone any more."""
         self._last_id = 0
         self._users: dict[int, User] = {}
         self._free_inos: list[int] = []

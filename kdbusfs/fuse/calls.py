@@ -50,13 +50,13 @@ _IOCTL_OUT_SIZE = wire.IOCTL_OUT.size
 
 
 def _report(error: BaseException) -> None:
-    log.error("ERROR: nobody expected this", exc_info=error)
+    log.error("ERROR: unexpected failure", exc_info=error)
 
 
 class Calls:
     """The commands on all *files*; *watcher* watches cancel descriptors. *put_back* leaves a
     request to be started anew, *put_off* one to be gone on with when others have had their turn;
-    *wake*: the router has something to do."""
+    *wake* tells the router that there is something to do."""
 
     def __init__(
         self,
@@ -221,8 +221,8 @@ class Calls:
         self._traced_call(ioctl, error)
 
     def give_up(self, unique: int) -> None:
-        """Answer request *unique*, whatever has become of it, with EIO, and let go of its caller:
-        nobody expected what happened."""
+        """After an unexpected exception: answer request *unique* with EIO, unless it has been
+        answered, and let its caller go."""
         ioctl = self._ioctls.get(unique)
         if ioctl is not None:
             self._ioctls.settle(ioctl)

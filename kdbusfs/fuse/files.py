@@ -130,7 +130,7 @@ class OpenFiles:
         self._watcher = watcher
         self.by_fh: dict[int, OpenFile] = {}
         self.on_close: Callable[[], None] = lambda: None
-        """A file is about to go: whoever remembers it is to let go of it."""
+        """Called when a file is about to go, so that nothing keeps it alive."""
         self._inodes: dict[int, OpenInode] = {}
         """Endpoints that are open, by nodeid."""
         self._n_open: dict[int, int] = {}
@@ -152,7 +152,7 @@ class OpenFiles:
         peer = self._peer(ids)
         try:
             if node is None or node.is_directory:
-                raise CommandError(EIO, "no file")
+                raise CommandError(EIO, "not a file")
             if not ids[2]:
                 # The caller has no place in our PID namespace: it can be neither read nor named.
                 raise CommandError(EPERM, "caller from outside the daemon's PID namespace")

@@ -58,7 +58,7 @@ class Interrupts:
                 if ioctl.process.is_killed():
                     self._refuse(ioctl, EINTR)
             except Fault:
-                # The kernel has let go of it by itself.
+                # The kernel has released it already.
                 self._ioctls.settle(ioctl)
             except (CommandError, OSError) as error:
                 # This time it can't be known, for want of a descriptor for instance.

@@ -4,7 +4,7 @@
 While a request is in `Ioctls`, the kernel holds its caller, and only so long. Whoever wants to
 answer it has to `settle` it first: that is granted once, and lets go of the caller's process, so
 that nothing can be done to that any more. It does not matter which way the answer is given: as the
-command's result, as EIO after an exception that nobody expected, by a thread that stalled, by a
+command's result, as EIO after an unexpected exception, by a thread that stalled, by a
 tracer, for a caller that is killed, or not at all, since the mount has gone.
 """
 

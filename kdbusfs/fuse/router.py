@@ -160,7 +160,7 @@ class Router:
         """The router's thread stalls, and another one is about to go on."""
         now = time.monotonic_ns()
         if now >= self._quiet_until:
-            # Whoever does it on purpose is not to fill the log.
+            # Callers who stall on purpose must not fill the log.
             self._quiet_until = now + _LOG_PERIOD_NS
             log.warning("a caller's memory does not fault in: another thread takes over")
         renew_scratch()
@@ -284,7 +284,7 @@ class Router:
         try:
             self._calls.finish()
         except Exception:
-            log.exception("ERROR: a call was not finished")
+            log.exception("ERROR: a call could not be finished")
 
     def _again(self, request: bytes) -> None:
         """Start a request anew."""
@@ -292,7 +292,7 @@ class Router:
         try:
             self._calls.again(memoryview(request))
         except Exception:
-            log.exception("ERROR: a request was not started anew")
+            log.exception("ERROR: a request could not be restarted")
             self._calls.give_up(_unpack_head(request)[2])
 
     def _work(self) -> None:

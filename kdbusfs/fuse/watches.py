@@ -65,7 +65,7 @@ class Watches:
                 try:
                     callback()
                 except Exception:
-                    log.exception("ERROR: what a descriptor was watched for was not done")
+                    log.exception("ERROR: the callback of a watched descriptor failed")
 
     def close(self) -> None:
         os.close(self._wakeup)

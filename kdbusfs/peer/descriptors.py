@@ -205,12 +205,12 @@ class FileDescriptor:
         if self.is_path():
             raise CommandError(EBADF, "O_PATH descriptor")
         if not stat.S_ISSOCK(self._mode):
-            raise CommandError(EINVAL, "no socket")
+            raise CommandError(EINVAL, "not a socket")
         # A connection that lies in the queue of its own socket would never end, since nobody but us
         # holds that socket any more.
         n_queued: int = lib.kdbusfs_make_channel(self.fd, self._uid)
         if n_queued == -EINVAL:
-            raise CommandError(EINVAL, "no AF_UNIX socket to the caller itself")
+            raise CommandError(EINVAL, "not an AF_UNIX socket to the caller's own user")
         # Packets without files may lie there as long as they like.
         if n_queued:
             self.hold()
@@ -238,7 +238,7 @@ class FileDescriptor:
         try:
             seals = fcntl.fcntl(self.fd, fcntl.F_GET_SEALS)
         except OSError:
-            raise CommandError(EMEDIUMTYPE, "no memfd") from None
+            raise CommandError(EMEDIUMTYPE, "not a memfd") from None
         # A file that knows seals is in memory: nobody has to be asked.
         size = os.fstat(self.fd).st_size
         self._in_memory = size <= _SMALL

@@ -59,6 +59,6 @@ def check_exhausted(number: int | None) -> None:
     daemon, or the machine, is short of something: ENFILE or ENOMEM. Nothing of the caller's is
     wrong then, and nothing may be left out or judged as if it were not there."""
     if number in _EXHAUSTED:
-        raise CommandError(ENFILE, "no descriptor for the daemon itself")
+        raise CommandError(ENFILE, "the daemon has no free descriptor")
     if number == ENOMEM:
-        raise CommandError(ENOMEM, "no memory for the daemon itself")
+        raise CommandError(ENOMEM, "the daemon has no memory")

@@ -71,7 +71,7 @@ class _Pin:
             FD_TABLE.discharge(uid)
             check_exhausted(error.errno)
             # Nobody can say then what the thread may do.
-            raise CommandError(EPERM, f"the {name} of {tid} can't be told") from None
+            raise CommandError(EPERM, f"the {name} of {tid} is unknown") from None
 
     def __del__(self) -> None:
         if self.fd >= 0:
@@ -135,7 +135,7 @@ def _ancestry(fd: int, own: int, owners: bool) -> tuple[list[tuple[int, int]], b
 
 
 def user_namespace(tid: int, uid: int) -> UserNamespace:
-    """The user namespace of a thread, for what *uid* is charged. EPERM: it can't be told."""
+    """The user namespace of a thread, for what *uid* is charged. EPERM: it can't be found out."""
     if procfs.readlink(tid, "ns/user") == _OWN_USER_LINK:
         return OWN_USER
     pin = _Pin(tid, "ns/user", uid)
@@ -159,16 +159,16 @@ def _inode_of(pin: _Pin) -> int:
         return os.fstat(pin.fd).st_ino
     except OSError as error:
         check_exhausted(error.errno)
-        raise CommandError(EPERM, f"a namespace can't be told: {error}") from None
+        raise CommandError(EPERM, f"a namespace is unknown: {error}") from None
 
 
 def _untold(tid: int) -> NoReturn:
-    raise CommandError(EPERM, f"the namespaces of {tid} can't be told")
+    raise CommandError(EPERM, f"the namespaces of {tid} are unknown")
 
 
 def pid_namespace(tid: int, uid: int) -> PidNamespace:
     """The PID namespace that a thread is in (not the one its children will be in), for which *uid*
-    is charged. EPERM: it can't be told."""
+    is charged. EPERM: it can't be found out."""
     if procfs.readlink(tid, "ns/pid") == _OWN_PID_LINK:
         return OWN_PID
     pin = _Pin(tid, "ns/pid", uid)

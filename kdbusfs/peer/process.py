@@ -227,7 +227,7 @@ class Process:
         return pid_namespace(self.thread(), self.uid)
 
     def root(self) -> object:
-        """Mount and directory that `/` is for it, None if that can't be told.
+        """Mount and directory that `/` is for it, None if that can't be found out.
 
         The directory may be in a file system that a user serves, so nothing is asked of it.
         """

@@ -126,14 +126,14 @@ class Status:
         return ids
 
     def uids(self) -> tuple[int, ...]:
-        """real, effective, saved, filesystem; EPERM if that can't be told"""
+        """real, effective, saved, filesystem; EPERM if that can't be found out"""
         return self._ids(b"Uid")
 
     def gids(self) -> tuple[int, ...]:
         return self._ids(b"Gid")
 
     def process(self) -> int:
-        """The process that the thread is of; EPERM if that can't be told."""
+        """The process that the thread is of; EPERM if that can't be found out."""
         found = self.numbers(b"Tgid")
         if len(found) != 1:
             raise CommandError(EPERM, "no Tgid in /proc")
@@ -147,7 +147,7 @@ class Status:
         return bool((_hexadecimal(self.field(b"CapEff")) or 0) >> capability & 1)
 
     def capabilities(self) -> Capabilities | None:
-        """All sets, None if one can't be told."""
+        """All sets, None if one can't be found out."""
         last = last_capability()
         names = (b"CapInh", b"CapPrm", b"CapEff", b"CapBnd")
         sets = [_hexadecimal(self.field(name)) for name in names]
@@ -187,7 +187,7 @@ _SIGKILL = 1 << 8
 
 
 def start_time(tid: int) -> int | None:
-    """When a thread started, in clock ticks since the boot; None if that can't be told."""
+    """When a thread started, in clock ticks since the boot; None if that can't be found out."""
     try:
         fields = (read(tid, "stat") or b"").rpartition(b")")[2].split()
         return int(fields[_START_TIME])

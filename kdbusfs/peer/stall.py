@@ -206,7 +206,7 @@ class Crew:
             self.users.begin(uid)
             stalled.user = uid
         except Exception:
-            log.exception("ERROR: a stall was not noted")
+            log.exception("ERROR: a stall could not be handled")
         self._spare = None
         self.current = worker
         worker.call()

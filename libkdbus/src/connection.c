@@ -398,7 +398,7 @@ _public_ struct kdbus_conn *kdbus_conn_free(struct kdbus_conn *conn)
 }
 
 /**
- * kdbus_conn_byebye() - disconnect unless there is mail
+ * kdbus_conn_byebye() - disconnect, unless messages are queued
  * @conn:	connection to use; it is still to be freed
  *
  * Return: 0 on success, -EBUSY if messages are queued, -ECONNRESET if it was

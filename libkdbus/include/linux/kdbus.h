@@ -355,7 +355,7 @@ __extension__ enum kdbus_name_flags {
 
 __extension__ enum kdbus_hello_flags {
 	KDBUS_HELLO_ACCEPT_FD		= 1ULL << 0, /* messages may bring descriptors */
-	KDBUS_HELLO_ACTIVATOR		= 1ULL << 1, /* mail for a name waits here */
+	KDBUS_HELLO_ACTIVATOR		= 1ULL << 1, /* messages for a name wait here */
 	KDBUS_HELLO_POLICY_HOLDER	= 1ULL << 2, /* holds the policy of a name */
 	KDBUS_HELLO_MONITOR		= 1ULL << 3  /* gets a copy of everything */
 };

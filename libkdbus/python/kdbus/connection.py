@@ -186,7 +186,7 @@ class Connection:
         return self._closed
 
     def byebye(self) -> None:
-        """KDBUS_CMD_BYEBYE: disconnect unless there is mail (OSError EBUSY)."""
+        """KDBUS_CMD_BYEBYE: disconnect, unless messages are queued (OSError EBUSY)."""
         check(self._call(lib.kdbus_conn_byebye))
 
     def __enter__(self) -> Self:
