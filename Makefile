@@ -66,6 +66,7 @@ check: setup ## ruff, mypy, clang-format, and the C compiler with warnings as er
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	@$(BIN)/mypy
+	@$(BIN)/mypy --config-file tests/mypy.ini tests
 	@for source in $(C_SOURCES); do \
 		$(CC) $(C_WARNINGS) $(CPPFLAGS) -Ilibkdbus/include -Ikdbusfs/native -c -o /dev/null $$source || exit 1; \
 	done

@@ -487,12 +487,13 @@ def test_a_refusal_at_any_point_breaks_nothing(what: str) -> None:
                 finally:
                     was_hit = FAULTS.raised is not None
 
-        actor.handle = Stand(actor.handle, faulty)  # type: ignore[assignment]
+        real = actor.handle
+        actor.handle = Stand(real, faulty)  # type: ignore[assignment]
         try:
             do(world)
         except CommandError:
             pass
-        actor.handle = actor.handle.real
+        actor.handle = real
         world.domain.check()
         # The watch on a cancel descriptor that ends can only tell.
         assert not world.reported or FAULTS.where == "unwatch"

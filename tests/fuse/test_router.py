@@ -84,7 +84,7 @@ class Bench:
 
     def errors(self) -> dict[int, int]:
         """The same with the errno of each."""
-        errors = {}
+        errors: dict[int, int] = {}
         while True:
             try:
                 _, error, unique = wire.OUT_HEADER.unpack_from(self.kernel.recv(4096))

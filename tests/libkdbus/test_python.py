@@ -630,7 +630,7 @@ def test_what_a_forked_child_can_not_do(bus: Bus) -> None:
             "endpoint.update": lambda: endpoint.update(None),
         }
 
-        def child() -> dict[str, int]:
+        def child() -> dict[str, int | None]:
             errors = {}
             for name, call in calls.items():
                 with pytest.raises(ChildProcessError) as caught:

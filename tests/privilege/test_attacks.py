@@ -567,7 +567,7 @@ def _queue_connection_at_its_socket(connection: Connection, n_empty: int) -> Non
     _kept.append(ours)
 
 
-_kept: list[socket.socket] = []
+_kept: list[object] = []
 
 
 def test_an_io_uring_is_not_passed(bus: Bus, person: NewPerson) -> None:
@@ -900,9 +900,6 @@ def _claim_arguments(size: int) -> None:
     buffer = ctypes.create_string_buffer(layout, len(layout))
     assert libc.prctl(35, 14, buffer, ctypes.c_ulong(len(layout)), 0) == 0, "no PR_SET_MM_MAP"
     _kept.append(memory)
-
-
-_kept: list[object] = []
 
 
 def test_who_opens_with_borrowed_credentials_is_who_it_borrowed_them_from(
