@@ -762,11 +762,21 @@ static int carrier_socket(TracerCarrier *carrier, TracerTarget *t)
 	return 0;
 }
 
+/* Has the thread no siblings? Then it gets none as long as it is stopped. */
+static bool target_is_alone(TracerTarget *t)
+{
+	char status[TRACER_STATUS_SIZE];
+
+	return status_read(t->tid, status, sizeof(status)) >= 0 &&
+	       atoi(status_find(status, "\nThreads:")) == 1;
+}
+
 /*
  * The same without taking one of the slots below RLIMIT_NOFILE, in which the
  * descriptors have to go. The limit is raised for the moment, for the whole process,
  * and down again before anything is received. Above the hard limit, which takes
- * CAP_SYS_RESOURCE, only if that is as low.
+ * CAP_SYS_RESOURCE, only if that is as low, and the thread is alone: a sibling could fork, and the
+ * child would keep it.
  */
 static int carrier_socket_above(TracerCarrier *carrier, TracerTarget *t)
 {
@@ -778,10 +788,13 @@ static int carrier_socket_above(TracerCarrier *carrier, TracerTarget *t)
 		return -errno;
 	raised.rlim_cur = own.rlim_cur + TRACER_SPARE_SLOTS;
 	raised.rlim_max = own.rlim_max;
-	if (raised.rlim_max == own.rlim_cur)
+	if (raised.rlim_max == own.rlim_cur) {
+		if (!target_is_alone(t))
+			return -EMFILE;
 		raised.rlim_max = raised.rlim_cur;
-	else if (raised.rlim_cur > raised.rlim_max)
+	} else if (raised.rlim_cur > raised.rlim_max) {
 		raised.rlim_cur = raised.rlim_max;
+	}
 	if (prlimit(t->tid, RLIMIT_NOFILE, &raised, NULL) < 0)
 		return -errno;
 
@@ -798,10 +811,15 @@ static int carrier_socket_above(TracerCarrier *carrier, TracerTarget *t)
 		}
 	}
 
-	/* if it was set by the process in between, it is to be that */
+	/* if it was set by somebody in between, it is to be that, but never more than it may be */
 	if (prlimit(t->tid, RLIMIT_NOFILE, &own, &seen) >= 0 &&
-	    (seen.rlim_cur != raised.rlim_cur || seen.rlim_max != raised.rlim_max))
+	    (seen.rlim_cur != raised.rlim_cur || seen.rlim_max != raised.rlim_max)) {
+		if (seen.rlim_cur > own.rlim_max)
+			seen.rlim_cur = own.rlim_max;
+		if (seen.rlim_max > own.rlim_max)
+			seen.rlim_max = own.rlim_max;
 		prlimit(t->tid, RLIMIT_NOFILE, &seen, NULL);
+	}
 	return r;
 }
 
@@ -881,12 +899,16 @@ static int connect_pair(int here, int there)
 
 static int carrier_connect(TracerCarrier *carrier, TracerTarget *t)
 {
+	struct __ptrace_syscall_info info;
 	int there, r;
 
 	there = target_getfd(t, carrier->number);
 	if (there < 0)
 		return there;
-	r = is_new_socket(there) ? 0 : -ENOTSOCK;
+	/* if it is still stopped, it is what the number of the thread stood for, and nobody who took its place */
+	r = target_get_info(t, &info);
+	if (r >= 0 && !is_new_socket(there))
+		r = -ENOTSOCK;
 	if (r >= 0) {
 		carrier->fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
 		r = carrier->fd < 0 ? -errno : connect_pair(carrier->fd, there);

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -522,6 +523,18 @@ def test_a_table_that_cannot_grow_is_filled_as_far_as_possible(bus: Bus) -> None
     assert gained in (2, 3)
     assert [n >= 0 for n in numbers] == [n < gained for n in range(6)]
     assert return_flags == INCOMPLETE
+
+
+def test_a_hard_limit_is_not_raised_beside_threads_that_could_fork(bus: Bus) -> None:
+    """Their children would keep it. So the daemon needs one of the places itself."""
+
+    def prepare() -> None:
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        limit_descriptors(3, hard=True)
+
+    numbers, return_flags, gained = receive_in(bus, prepare, 3)
+    assert [n >= 0 for n in numbers] == [True, True, False, False, False, False]
+    assert (return_flags, gained) == (INCOMPLETE, 2)
 
 
 def test_a_traced_receiver_gets_the_message_without_descriptors(bus: Bus) -> None:
