@@ -32,6 +32,13 @@ _AUXGROUPS = int(AttachFlag.AUXGROUPS)
 _NAMES = int(AttachFlag.NAMES)
 _CAPS = int(AttachFlag.CAPS)
 _DESCRIPTION = int(AttachFlag.CONN_DESCRIPTION)
+_TID_COMM = int(AttachFlag.TID_COMM)
+_PID_COMM = int(AttachFlag.PID_COMM)
+_EXE = int(AttachFlag.EXE)
+_CMDLINE = int(AttachFlag.CMDLINE)
+_CGROUP = int(AttachFlag.CGROUP)
+_SECLABEL = int(AttachFlag.SECLABEL)
+_AUDIT = int(AttachFlag.AUDIT)
 
 PROCESS = ATTACH_ALL & ~(_TIMESTAMP | _NAMES | _DESCRIPTION)
 """The kinds that describe a process."""
@@ -227,24 +234,24 @@ class ProcessMetadata:
         if not kinds & ~(_CREDS | _PIDS | _AUXGROUPS):
             return found
         exe = self.exe
-        if kinds & AttachFlag.EXE and exe is not None:
+        if kinds & _EXE and exe is not None:
             root = caller.root()
             if root is None or root != viewer.root:
                 exe = None
         for flag, type_, text in (
-            (AttachFlag.TID_COMM, ItemType.TID_COMM, self.tid_comm),
-            (AttachFlag.PID_COMM, ItemType.PID_COMM, self.pid_comm),
-            (AttachFlag.EXE, ItemType.EXE, exe),
-            (AttachFlag.CMDLINE, ItemType.CMDLINE, self.cmdline),
-            (AttachFlag.CGROUP, ItemType.CGROUP, self.cgroup),
+            (_TID_COMM, ItemType.TID_COMM, self.tid_comm),
+            (_PID_COMM, ItemType.PID_COMM, self.pid_comm),
+            (_EXE, ItemType.EXE, exe),
+            (_CMDLINE, ItemType.CMDLINE, self.cmdline),
+            (_CGROUP, ItemType.CGROUP, self.cgroup),
         ):
             if kinds & flag and text is not None:
                 found.append(build_string(type_, text))
         if kinds & _CAPS and self.caps is not None:
             found.append(build(ItemType.CAPS, self._caps(self.caps, users)))
-        if kinds & AttachFlag.SECLABEL and self.seclabel is not None:
+        if kinds & _SECLABEL and self.seclabel is not None:
             found.append(build_string(ItemType.SECLABEL, self.seclabel))
-        if kinds & AttachFlag.AUDIT and self.audit is not None:
+        if kinds & _AUDIT and self.audit is not None:
             session, login = self.audit
             login = login if login == UNSET_ID else users.uid(login, UNSET_ID)
             found.append(build(ItemType.AUDIT, AUDIT.pack(session, login)))

@@ -23,10 +23,21 @@ from .namespaces import OWN_USER, own_number, pid_namespace, user_namespace
 from .procfs import CAP_IPC_OWNER, Status
 from .stall import fail, leave
 
-_STATUS = int(AttachFlag.CREDS | AttachFlag.PIDS | AttachFlag.AUXGROUPS | AttachFlag.CAPS)
+# Plain numbers: what an enumeration makes of `&` costs as much as a system call.
+_CREDS = int(AttachFlag.CREDS)
+_PIDS = int(AttachFlag.PIDS)
+_AUXGROUPS = int(AttachFlag.AUXGROUPS)
+_CAPS = int(AttachFlag.CAPS)
+_TID_COMM = int(AttachFlag.TID_COMM)
+_PID_COMM = int(AttachFlag.PID_COMM)
+_EXE = int(AttachFlag.EXE)
+_CMDLINE = int(AttachFlag.CMDLINE)
+_CGROUP = int(AttachFlag.CGROUP)
+_SECLABEL = int(AttachFlag.SECLABEL)
+_AUDIT = int(AttachFlag.AUDIT)
+_STATUS = _CREDS | _PIDS | _AUXGROUPS | _CAPS
 """The kinds of metadata that come from /proc/<tid>/status."""
-
-_TEXT = int(AttachFlag.AUXGROUPS | AttachFlag.CAPS)
+_TEXT = _AUXGROUPS | _CAPS
 """Those of them that come from nowhere else."""
 _IDS = Struct("=11I")
 """See kdbusfs_pidfd_info()."""
@@ -250,22 +261,22 @@ class Process:
         if not kinds & ~_STATUS:
             return
         # Not of the process's first thread, which may have exited.
-        if kinds & AttachFlag.TID_COMM:
+        if kinds & _TID_COMM:
             metadata.tid_comm = procfs.comm(tid)
-        if kinds & AttachFlag.PID_COMM:
+        if kinds & _PID_COMM:
             process = self.status.process()
             known = metadata.tid_comm if process == tid else None
             metadata.pid_comm = procfs.comm(process) if known is None else known
-        if kinds & AttachFlag.EXE:
+        if kinds & _EXE:
             metadata.exe = procfs.readlink(tid, "exe")
-        if kinds & AttachFlag.CMDLINE:
+        if kinds & _CMDLINE:
             # This one is read from the caller's memory.
             metadata.cmdline = _argv0(tid)
-        if kinds & AttachFlag.CGROUP:
+        if kinds & _CGROUP:
             metadata.cgroup = procfs.cgroup(tid)
-        if kinds & AttachFlag.SECLABEL:
+        if kinds & _SECLABEL:
             metadata.seclabel = procfs.security_label(tid)
-        if kinds & AttachFlag.AUDIT:
+        if kinds & _AUDIT:
             metadata.audit = procfs.audit(tid)
 
     def _gather_ids(self, metadata: ProcessMetadata, kinds: int) -> bool:
@@ -280,16 +291,16 @@ class Process:
             check_exhausted(-error)
             return False
         identity = _identity[0]
-        if kinds & AttachFlag.PIDS and identity not in _at_home:
+        if kinds & _PIDS and identity not in _at_home:
             if len(self.status.numbers(b"NSpid")) != 1:
                 return False
             if len(_at_home) >= _MOST_AT_HOME:
                 _at_home.clear()
             _at_home.add(identity)
         tid, tgid, parent, ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid = _IDS.unpack(_ids_view)
-        if kinds & AttachFlag.CREDS:
+        if kinds & _CREDS:
             metadata.creds = (ruid, euid, suid, fsuid, rgid, egid, sgid, fsgid)
-        if kinds & AttachFlag.PIDS:
+        if kinds & _PIDS:
             metadata.pid_namespace = None
             metadata.pids = ((tgid,), (tid,), (parent,))
         return True
@@ -298,13 +309,13 @@ class Process:
         if not kinds & _TEXT and self._status is None and self._gather_ids(metadata, kinds):
             return
         status = self.status
-        if kinds & (AttachFlag.CREDS | AttachFlag.CAPS):
+        if kinds & (_CREDS | _CAPS):
             metadata.creds = (*status.uids(), *status.gids())
-        if kinds & AttachFlag.AUXGROUPS:
+        if kinds & _AUXGROUPS:
             metadata.groups = status.groups()
-        if kinds & AttachFlag.PIDS:
+        if kinds & _PIDS:
             self._gather_pids(metadata)
-        if kinds & AttachFlag.CAPS:
+        if kinds & _CAPS:
             metadata.caps = status.capabilities()
             metadata.user_namespace = user_namespace(self.thread(), self.uid)
 
