@@ -269,10 +269,16 @@ class Call(Argument):
             step.commit()
 
     def undo(self) -> None:
-        """Take back what was begun, the latest first."""
+        """Take back what was begun, the latest first. One that fails keeps none from it."""
         begun, self.begun = self.begun, _NO_STEPS
+        failure: Exception | None = None
         for step in reversed(begun):
-            step.undo()
+            try:
+                step.undo()
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
 
     def answered(self, offset: int, size: int) -> None:
         """Say in which slice the reply to this synchronous call lies."""
