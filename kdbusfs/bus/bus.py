@@ -8,6 +8,7 @@ sent, in the order in which they came up.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from errno import (
     EADDRNOTAVAIL,
@@ -31,7 +32,7 @@ from ..abi.numbers import ID_ANY, ItemType, MsgFlag
 from .call import PENDING, Call
 from .connection import ACTIVATOR, MONITOR, Connection, Loss, QueueEntry
 from .endpoint import Endpoint
-from .match import MatchIndex
+from .match import Change, MatchIndex
 from .message import Message, Notification, id_item, name_item
 from .names import NameChange, NameRegistry
 from .policy import PolicyDatabase
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 _EXPECT_REPLY = int(MsgFlag.EXPECT_REPLY)
 _PIECE = 64
-"""How many messages or requests of a dead bus are dropped at a time."""
+"""How many messages or requests of a dead bus are dropped, or notifications sent, at a time."""
 _NO_AUTO_START = int(MsgFlag.NO_AUTO_START)
 _SIGNAL = int(MsgFlag.SIGNAL)
 
@@ -86,7 +87,9 @@ class Bus:
         self.policy = PolicyDatabase(domain.budget.memory)
         self.matches = MatchIndex()
         self._seqnum = 0
-        self._notifications: list[Notification] = []
+        self._notifications: deque[Notification] = deque()
+        self.busy = False
+        """Whether notifications are being sent, so that commands have to wait."""
 
     # --- connections
 
@@ -184,23 +187,40 @@ class Bus:
         )
 
     def flush(self) -> None:
-        """Send the notifications that have come up."""
-        while self._notifications:
-            pending, self._notifications = self._notifications, []
-            for notification in pending:
-                if notification.change is not None:
-                    self._broadcast_notification(notification)
-                else:
-                    self._notify(notification)
+        """Send the notifications that have come up. If that takes long, the bus is busy with it
+        and sends the rest in pieces: until then no command on it begins (`Handle.execute`), so
+        nothing that is sent later arrives earlier."""
+        if self.busy or not self._notifications:
+            return
+        sending = self._send_notifications()
+        self.busy = True
+        for _ in sending:
+            self.domain.work.add(self.creator, sending)
+            break
 
-    def _broadcast_notification(self, notification: Notification) -> None:
-        change = notification.change
-        assert change is not None
-        for monitor in self.monitors:
-            self._tell(monitor, notification)
-        for receiver in self.matches.takers_of_change(change):
-            if not change.name or receiver.endpoint.may_see_name(receiver.opener, change.name):
-                self._tell(receiver, notification)
+    def _send_notifications(self) -> Iterator[None]:
+        n = 0
+        while self._notifications:
+            notification = self._notifications.popleft()
+            if notification.change is None:
+                self._notify(notification)
+                continue
+            for receiver in self._takers(notification.change):
+                if receiver.alive:
+                    self._tell(receiver, notification)
+                    n += 1
+                    if n % _PIECE == 0:
+                        yield
+        self.busy = False
+
+    def _takers(self, change: Change) -> list[Connection]:
+        """Who gets a notification of *change*."""
+        name = change.name
+        return [*self.monitors] + [
+            receiver
+            for receiver in self.matches.takers_of_change(change)
+            if not name or receiver.endpoint.may_see_name(receiver.opener, name)
+        ]
 
     def _tell(self, receiver: Connection, notification: Notification) -> None:
         """Queue a notification, or count it as lost: what it tells of can't be undone."""
@@ -480,7 +500,7 @@ class Bus:
     def check(self) -> list[Connection]:
         """Assert what must hold between any two calls; returns the connections."""
         assert self.alive
-        assert not self._notifications
+        assert self.busy or not self._notifications
         directory = next(iter(self.endpoints)).node.parent
         assert directory is not None
         assert set(directory.children.values()) == {e.node for e in self.endpoints}

@@ -25,7 +25,7 @@ from ..abi.errors import CommandError, Stalled
 from ..abi.numbers import Command
 from ..abi.specs import COMMAND_SPECS
 from .bus import Bus
-from .call import Call, Step
+from .call import CONTINUE, Call, Step
 from .commands import COMMANDS
 from .connection import Connection
 from .domain import Domain
@@ -113,12 +113,19 @@ class Handle:
         `finish` is due, or CONTINUE; raises CommandError.
         """
         try:
+            if self._has_to_wait():
+                return CONTINUE
             return self._execute(call, inline)
         except BaseException:
             # Whatever went wrong, expected or not, and also if the caller's memory stalled.
             if call.begun:
                 call.undo()
             raise
+
+    def _has_to_wait(self) -> bool:
+        """Whether the bus is busy with what came earlier."""
+        endpoint = self.endpoint
+        return endpoint is not None and endpoint.bus.busy and endpoint.bus.alive
 
     def _execute(self, call: Call, inline: bytes | bytearray | memoryview) -> int:
         connection = self.connection

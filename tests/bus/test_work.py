@@ -19,11 +19,13 @@ from bus.harness import (
     access,
     command,
     fails,
+    message,
     name,
     parse_items,
+    send_command,
     u64,
 )
-from kdbusfs.abi.numbers import Command, ListFlag, NameFlag, PolicyAccess, PolicyType
+from kdbusfs.abi.numbers import Command, ItemType, ListFlag, NameFlag, PolicyAccess, PolicyType
 from kdbusfs.abi.specs import COMMAND_SPECS
 from kdbusfs.bus.bus import Bus as CoreBus
 from kdbusfs.bus.call import PENDING, Call
@@ -366,3 +368,85 @@ def test_a_long_list_on_a_custom_endpoint_shows_what_may_be_seen(
     listing = Listing(guest)
     assert listing.result == PENDING
     assert {id_ for id_, _, _ in listing.records()} == {crowd[2].id}
+
+
+# --- many notifications
+
+
+@pytest.fixture
+def told(bus: Bus) -> list[Client]:
+    """Those who are told of everything on the bus."""
+    listeners = [bus.hello() for _ in range(8)]
+    for listener in listeners:
+        listener.match()
+    return listeners
+
+
+def leave_many_names(bus: Bus) -> None:
+    """A connection with names ends, and the notifications of that are left to be sent."""
+    client = bus.hello()
+    for n in range(64):
+        client.acquire(f"n{n}.n")
+    for listener in bus.domain.files:
+        if isinstance(listener, Client) and not listener.closed and listener is not client:
+            while listener.readable:
+                listener.recv()
+    bus.domain.works = False
+    client.close()
+    assert bus.core.busy
+
+
+def test_many_notifications_are_sent_in_pieces(bus: Bus, told: list[Client]) -> None:
+    leave_many_names(bus)
+    work, n_pieces, most = bus.domain.core.work, 0, 0
+    while work:
+        before = sum(len(listener.connection.queue) for listener in told)
+        work.proceed()
+        after = sum(len(listener.connection.queue) for listener in told)
+        n_pieces, most = n_pieces + 1, max(most, after - before)
+    assert not bus.core.busy
+    assert n_pieces > 64 * len(told) // 64 - 2
+    assert most <= 64
+    for listener in told:
+        seqnums = []
+        for n in range(64):
+            message = listener.recv()
+            assert message.notification[:2] == (ItemType.NAME_REMOVE, f"n{n}.n")
+            seqnums.append(message.numbers(ItemType.TIMESTAMP)[0])
+        assert listener.recv().notification[0] == ItemType.ID_REMOVE
+        assert seqnums == sorted(seqnums)
+
+
+def test_what_is_sent_meanwhile_comes_after_them(bus: Bus, told: list[Client]) -> None:
+    leave_many_names(bus)
+    domain, sender = bus.domain, told[0]
+    with sender.peer.holding(message(told[1].id, cookie=7)) as address:
+        pending = sender.start(Command.SEND, sender.peer.put(send_command(address)))
+        assert pending.waiting
+        assert domain.put_off == [pending]
+        sender.go_on(pending)
+        assert pending.waiting
+        domain.works = True
+        domain.finish()
+        sender.go_on(pending)
+    assert pending.error == 0
+    received = [told[1].recv() for _ in range(66)]
+    assert received[-1].cookie == 7
+    assert all(message.src_id == 0 for message in received[:-1])
+
+
+def test_others_do_not_wait_for_a_busy_bus(bus: Bus, told: list[Client]) -> None:
+    other = bus.domain.make_bus("other")
+    client = other.hello()
+    leave_many_names(bus)
+    client.send(client, data=b"x")
+    assert client.recv().data == b"x"
+
+
+def test_a_busy_bus_may_end(bus: Bus, told: list[Client]) -> None:
+    leave_many_names(bus)
+    bus.file.close()
+    bus.domain.works = True
+    bus.domain.finish()
+    with fails(ECONNRESET):
+        told[0].recv()
