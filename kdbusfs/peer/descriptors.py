@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EBADF, EINVAL, EMEDIUMTYPE, EMFILE, ETXTBSY
@@ -85,12 +86,18 @@ def charge(uid: int) -> None:
     FD_TABLE.charge(uid)
 
 
+def _send_fds(to: socket.socket, data: bytes, descriptors: list[int]) -> None:
+    """Never waits. `socket.send_fds` does: it takes flags, and leaves them out."""
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", descriptors))
+    to.sendmsg([data], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
 def can_be_sent(fd: int) -> bool:
     """Whether an AF_UNIX socket takes it: not an io_uring, nor what a security module denies."""
     a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with a, b:
         try:
-            socket.send_fds(a, [b""], [fd], socket.MSG_DONTWAIT)
+            _send_fds(a, b"", [fd])
         except OSError:
             return False
     return True
@@ -229,8 +236,7 @@ class FileDescriptor:
     def send(self, data: bytes, descriptors: list[int]) -> None:
         """Send *descriptors* over this channel; OSError if it does not take them now."""
         with self._socket() as ours:
-            flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-            socket.send_fds(ours, [data], descriptors, flags)
+            _send_fds(ours, data, descriptors)
 
     # --- memfds
 

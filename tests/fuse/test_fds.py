@@ -7,12 +7,14 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import daemons
 from kdbusfs.fuse import fds
 from kdbusfs.peer import descriptors
 from kdbusfs.peer.descriptors import FileDescriptor
@@ -116,4 +118,25 @@ def test_all_that_can_be_sent_come_in_one_packet(channel: Channel) -> None:
     assert channel.send(*files)
     assert channel.receive() == ((OFFSET, 3), [inode(file) for file in files])
     for file in files:
+        file.release()
+
+
+def test_a_socket_that_nobody_reads_is_not_waited_for(channel: Channel) -> None:
+    """It is a blocking one, as libkdbus hands it over, and the thread that sends runs the bus."""
+    file = taken(os.eventfd(0))
+    refused: list[bool] = []
+
+    def fill() -> None:
+        while channel.send(file):
+            pass
+        refused.append(True)
+
+    sender = threading.Thread(target=fill, daemon=True)
+    sender.start()
+    try:
+        daemons.wait_until(lambda: bool(refused), "a socket that takes no more")
+    finally:
+        # Whoever waits there goes on with EPIPE.
+        channel.theirs.close()
+        sender.join()
         file.release()
