@@ -42,7 +42,7 @@ from kdbus import (
     Zeros,
 )
 from kdbus.metadata import parse_notification
-from mount.processes import in_child
+from mount.processes import in_child, wait_in_ioctl
 
 HEADER = Path(__file__).parents[2] / "libkdbus/include/linux/kdbus.h"
 PATIENCE = 20.0
@@ -351,6 +351,66 @@ def test_call_and_reply(pair: tuple[Connection, Connection]) -> None:
     os.close(ours)
     os.close(theirs)
     b.drop()
+
+
+def test_many_messages_at_once(pair: tuple[Connection, Connection]) -> None:
+    a, b = pair
+    messages = [Message(b"%d" % n, dst_id=b.id) for n in range(100)]
+    a.send_many(messages)
+    received: list[bytes] = []
+    while len(received) < 100:
+        got = b.recv_many(64, timeout=PATIENCE)
+        assert 1 <= len(got) <= 64
+        received += [bytes(message.payload()) for message in got]
+    assert received == [b"%d" % n for n in range(100)]
+    with pytest.raises(kdbus.TimedOut):
+        b.recv_many(1, timeout=0.01)
+    messages[3] = Message(b"?", dst_id=1 << 40)
+    with pytest.raises(kdbus.NoDestination) as caught:
+        a.send_many(messages)
+    assert caught.value.n_sent == 3
+    assert len(b.recv_many(64)) == 3
+
+
+def test_a_service_answers_and_waits_in_one_call(pair: tuple[Connection, Connection]) -> None:
+    a, b = pair
+
+    def serve() -> None:
+        request = b.recv()
+        while bytes(request.payload()) != b"end":
+            reply = Message(bytes(request.payload()).upper())
+            request = b.reply_recv(request, reply)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    for n in range(50):
+        reply = a.call(Message(b"ping%d" % n, dst_id=b.id), timeout=PATIENCE)
+        assert bytes(reply.payload()) == b"PING%d" % n
+    a.send(Message(b"end", dst_id=b.id))
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    a.send(Message(b"no request", dst_id=b.id))
+    message = b.recv()
+    with pytest.raises(kdbus.NotWaiting):
+        b.reply_recv(message, Message(b"!"))
+
+
+def test_byebye_wakes_who_waits_for_a_message(pair: tuple[Connection, Connection]) -> None:
+    a, _ = pair
+    raised: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            a.recv()
+        except kdbus.Disconnected as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_in_ioctl(os.getpid(), thread.native_id)
+    a.byebye()
+    thread.join(PATIENCE)
+    assert raised
 
 
 def test_a_request_that_nobody_waits_for(pair: tuple[Connection, Connection]) -> None:

@@ -8,13 +8,13 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from kdbus._kdbus import ffi, lib
-from kdbus.errors import NoMessage, check, fail
+from kdbus.errors import KdbusError, check, fail
 from kdbus.fds import HasFileno, fileno
 from kdbus.match import Bloom, Match
 from kdbus.message import Message, ReceivedMessage
@@ -38,6 +38,11 @@ class Info:
     id: int
     flags: int
     metadata: Metadata
+
+
+_RECV_MANY_MAX = 64
+_GOES_ON = (-errno.EINTR, -errno.EAGAIN)
+"""How a wait may end without a message: a signal handler has run, or messages were lost."""
 
 
 def _deadline(timeout: float | None) -> int:
@@ -250,6 +255,19 @@ class Connection:
         check(result)
         return ReceivedMessage(replyp[0])
 
+    def send_many(self, messages: Sequence[Message]) -> None:
+        """`send` each of these, as many with one call as fit in 16 KiB with their payload. The
+        first that is refused raises, and those after it are not sent; `n_sent` of the exception
+        says how many were."""
+        pointers = ffi.new("struct kdbus_message *[]", [m._message for m in messages])
+        n_sentp = ffi.new("size_t *")
+        result = self._call(lib.kdbus_conn_send_many, pointers, len(messages), n_sentp)
+        try:
+            check(result)
+        except KdbusError as error:
+            error.n_sent = int(n_sentp[0])
+            raise
+
     def reply(self, request: ReceivedMessage, message: Message) -> None:
         """Answer *request* with *message*, whose destination is set here."""
         check(self._call(lib.kdbus_conn_reply, request._get(), message._message))
@@ -280,15 +298,43 @@ class Connection:
 
     def recv(self, timeout: float | None = None) -> ReceivedMessage:
         """The oldest message, once there is one; `TimedOut` after *timeout* seconds."""
+        return self._recv_until(_deadline(timeout))
+
+    def _recv_until(self, deadline: int) -> ReceivedMessage:
+        messagep = ffi.new("struct kdbus_message **")
+        result = -errno.EINTR
+        # A signal handler may raise between two rounds; else the wait goes on.
+        while result in _GOES_ON:
+            result = self._call(lib.kdbus_conn_recv_wait, deadline, -1, messagep)
+        check(result)
+        return ReceivedMessage(messagep[0])
+
+    def recv_many(self, most: int, timeout: float | None = None) -> list[ReceivedMessage]:
+        """Up to *most* messages, 64 at a time, once there is one, in one call; `TimedOut` after
+        *timeout* seconds. One that brings descriptors is the last."""
+        messages = ffi.new("struct kdbus_message *[]", min(most, _RECV_MANY_MAX))
+        np = ffi.new("size_t *")
         deadline = _deadline(timeout)
-        while True:
-            try:
-                return self.recv_nowait()
-            except NoMessage:
-                pass
-            result = self._call(lib.kdbus_conn_wait, deadline)
-            if result != -errno.EINTR:
-                check(result)
+        result = -errno.EINTR
+        while result in _GOES_ON:
+            result = self._call(lib.kdbus_conn_recv_many, deadline, -1, messages, len(messages), np)
+        check(result)
+        return [ReceivedMessage(messages[n]) for n in range(np[0])]
+
+    def reply_recv(
+        self, request: ReceivedMessage, message: Message, timeout: float | None = None
+    ) -> ReceivedMessage:
+        """`reply`, and `recv` the next message, in one call. What `reply` raises is raised without
+        having waited."""
+        deadline = _deadline(timeout)
+        messagep = ffi.new("struct kdbus_message **")
+        args = (request._get(), message._message, deadline, -1, messagep)
+        result = self._call(lib.kdbus_conn_reply_recv, *args)
+        if result in _GOES_ON:
+            # The reply has been sent.
+            return self._recv_until(deadline)
+        check(result)
+        return ReceivedMessage(messagep[0])
 
     def peek(self, *, priority: int | None = None) -> ReceivedMessage:
         """A copy of what `recv_nowait` would return, without descriptors."""

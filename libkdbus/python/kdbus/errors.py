@@ -16,6 +16,9 @@ from typing import NoReturn
 class KdbusError(OSError):
     """A kdbus command failed; `errno` says why."""
 
+    n_sent = 0
+    """Raised by `Connection.send_many`: how many messages were sent before this one."""
+
 
 class NoMessage(KdbusError, BlockingIOError):
     """The queue is empty (EAGAIN)."""
