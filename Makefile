@@ -45,10 +45,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test fuzz check bench dist install lock clean library root
+.PHONY: help setup packages demo test fuzz check bench bench-hostile dist install lock clean library root
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 demo: root setup library ## mount, let programs in C and Python talk to each other, unmount
 	@echo "compiling the examples"
@@ -73,6 +73,9 @@ check: setup ## ruff, mypy, clang-format, and the C compiler with warnings as er
 
 bench: root setup library ## measure, beside the smallest FUSE server in C, and print tables
 	@$(BIN)/python bench/run.py
+
+bench-hostile: root setup ## measure how long others wait while one attacks (AGAINST=... another kdbusfs)
+	@$(BIN)/python bench/hostile.py $(if $(AGAINST),--against '$(AGAINST)')
 
 dist: $(VENV)/.tools ## build sdists and wheels into dist/, and try each in an empty environment
 	@$(BIN)/python tools/dist.py dist

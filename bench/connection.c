@@ -15,8 +15,6 @@
 #include "connection.h"
 
 #define ITEM_HEADER offsetof(struct kdbus_item, data)
-#define COMMAND_MAX 4096
-#define ALIGN8(x) (((x) + 7) & ~UINT64_C(7))
 
 /* Tells on stderr what failed, and hands the error on. */
 int fail(const char *what, int error)
@@ -26,7 +24,7 @@ int fail(const char *what, int error)
 }
 
 /* Returns the number of bytes used, padding included. */
-static size_t item_put(void *at, uint64_t type, const void *data, size_t n_data)
+size_t item_put(void *at, uint64_t type, const void *data, size_t n_data)
 {
 	struct kdbus_item *item = at;
 
@@ -51,7 +49,14 @@ static size_t item_put(void *at, uint64_t type, const void *data, size_t n_data)
 int bus_make(int *fdp, char *path, size_t n_path, const char *directory, const char *name,
 	     uint64_t flags)
 {
-	struct kdbus_bloom_parameter bloom = { .size = BLOOM_SIZE, .n_hash = 1 };
+	return bus_make_bloom(fdp, path, n_path, directory, name, flags, BLOOM_SIZE);
+}
+
+/* The same with filters of another size than that of message_add_bloom(). */
+int bus_make_bloom(int *fdp, char *path, size_t n_path, const char *directory, const char *name,
+		   uint64_t flags, uint64_t n_bloom)
+{
+	struct kdbus_bloom_parameter bloom = { .size = n_bloom, .n_hash = 1 };
 	uint64_t buffer[COMMAND_MAX / 8] = {};
 	struct kdbus_cmd *command = (void *)buffer;
 	char full[64];
@@ -391,7 +396,7 @@ void message_deinit(Message *message)
 	*message = (Message){};
 }
 
-static void message_add(Message *message, uint64_t type, const void *data, size_t n_data)
+void message_add(Message *message, uint64_t type, const void *data, size_t n_data)
 {
 	assert(message->msg->size + ITEM_HEADER + ALIGN8(n_data) <= COMMAND_MAX);
 	message->msg->size += item_put((uint8_t *)message->msg + message->msg->size, type, data,

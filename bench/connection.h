@@ -23,6 +23,8 @@ typedef struct Received Received;
 #define BLOOM_SIZE 64
 #define VEC_MAX (UINT64_C(2) << 20)
 #define FDS_MAX 32
+#define COMMAND_MAX 32768 /* bytes of a command or of a message, with items */
+#define ALIGN8(x) (((x) + 7) & ~UINT64_C(7))
 
 struct Connection {
 	int fd;
@@ -50,9 +52,12 @@ struct Received {
 };
 
 int fail(const char *what, int error);
+size_t item_put(void *at, uint64_t type, const void *data, size_t n_data);
 
 int bus_make(int *fdp, char *path, size_t n_path, const char *directory, const char *name,
 	     uint64_t flags);
+int bus_make_bloom(int *fdp, char *path, size_t n_path, const char *directory, const char *name,
+		   uint64_t flags, uint64_t n_bloom);
 
 int connection_init(Connection *connection, const char *path, uint64_t pool_size, uint64_t flags,
 		    uint64_t attach_flags_recv, const char *description);
@@ -75,6 +80,7 @@ int connection_send_drain(Connection *sender, Sample *sample, Message *message,
 
 int message_init(Message *message, uint64_t dst_id, uint64_t flags);
 void message_deinit(Message *message);
+void message_add(Message *message, uint64_t type, const void *data, size_t n_data);
 void message_add_payload(Message *message, const void *data, uint64_t size);
 void message_add_memfd(Message *message, int fd, uint64_t size);
 void message_add_fds(Message *message, const int *fds, size_t n_fds);
