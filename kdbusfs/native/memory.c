@@ -32,6 +32,9 @@
 #endif
 #define PIDFD_THREAD_ O_EXCL /* Linux 6.9 */
 #define PAGE 4096ULL
+/* What one call gathers at most: so many pairs, and no further one once it has so much. */
+#define GATHER 64
+#define GATHER_SIZE (1ULL << 20)
 
 /* Odd while an operation is under way; an operation that finds another value at its end has
  * been overtaken. One thread at a time begins operations: which, is in @worker. */
@@ -251,28 +254,51 @@ int64_t kdbusfs_push_held(int device, const void *header, uint64_t n_header, con
 	return push(device, header, n_header, data, size);
 }
 
+/* Reads pairs that have an address, as many as one call is to take: returns how many, and adds
+ * their size to @sizep. All of a call comes from the memory of who @tid was when it began. */
+static int64_t vm_gather(int32_t tid, char *to, const uint64_t *segments, uint64_t n_segments,
+			 uint64_t *sizep)
+{
+	struct iovec here = { to, 0 }, there[GATHER];
+	uint64_t n;
+
+	for (n = 0; n < n_segments && n < GATHER && here.iov_len < GATHER_SIZE; n++) {
+		uint64_t address = segments[2 * n], size = segments[2 * n + 1];
+
+		if (!address)
+			break;
+		there[n] = (struct iovec){ (void *)(uintptr_t)address, size };
+		here.iov_len += size;
+	}
+	if (process_vm_readv(tid, &here, 1, there, n, 0) != (ssize_t)here.iov_len)
+		return -EFAULT;
+	*sizep += here.iov_len;
+	return n;
+}
+
 /* Copy (address, size) pairs back to back; address 0 stands for zeros. */
 int64_t kdbusfs_vm_fill(int32_t tid, void *to, const uint64_t *segments, uint64_t n_segments)
 {
-	uint64_t number = begin();
-	char *at = to;
-	int failed = 0;
+	uint64_t number = begin(), done = 0, i = 0;
+	int64_t r = 0;
 
-	for (uint64_t i = 0; i < n_segments && !failed; i++) {
-		uint64_t address = segments[2 * i], size = segments[2 * i + 1];
-
+	while (i < n_segments && r >= 0) {
 		/* Overtaken: the caller may have been let go. */
 		if (atomic_load(&operation) != number)
 			break;
-		if (!address)
-			memset(at, 0, size);
-		else if (vm_read(tid, address, at, size) < 0)
-			failed = 1;
-		at += size;
+		if (segments[2 * i]) {
+			r = vm_gather(tid, (char *)to + done, segments + 2 * i, n_segments - i,
+				      &done);
+			i += r > 0 ? r : 0;
+		} else {
+			memset((char *)to + done, 0, segments[2 * i + 1]);
+			done += segments[2 * i + 1];
+			i++;
+		}
 	}
 	if (end(number) < 0)
 		return -ESTALE;
-	return failed ? -EFAULT : at - (char *)to;
+	return r < 0 ? r : (int64_t)done;
 }
 
 /* A shared mapping of @fd, or with -1 private memory that takes no room until it is touched.

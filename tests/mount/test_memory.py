@@ -338,6 +338,27 @@ def test_a_payload_with_a_hole_is_efault(bus: Bus, conn: Connection) -> None:
     mapping.unmap(3 * PAGE)
 
 
+def test_hundreds_of_parts_arrive_in_order_and_one_that_is_not_there_is_efault(
+    bus: Bus, conn: Connection
+) -> None:
+    content = random.Random(7).randbytes(PAGE)
+    source = Memory(content)
+    zeros = {70, 71, 200}  # so that those with data come in runs of several lengths
+    parts = [Vec(0 if n in zeros else source.address + 5 * n, 1 + n % 11) for n in range(500)]
+    expected = b"".join(
+        bytes(part.size) if not part.address else content[5 * n :][: part.size]
+        for n, part in enumerate(parts)
+    )
+    with bus.connect() as sender:
+        sender.send(conn.id, *parts)
+        assert conn.take().payload == expected
+        for bad in (0, 63, 64, 300, 499):
+            with fails(errno.EFAULT):
+                sender.send(conn.id, *parts[:bad], Vec(WILD[0], 8), *parts[bad + 1 :])
+        with fails(errno.EAGAIN):
+            conn.recv()
+
+
 def test_a_payload_that_nobody_may_read_is_efault(conn: Connection) -> None:
     mapping = Mapping.anonymous(PAGE)
     mapping.protect(0)
