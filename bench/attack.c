@@ -393,31 +393,33 @@ static int step_list_names(Worker *worker)
 
 /* bus-end: a bus ends whose connections have many names, and want to be told of all */
 
-static int step_bus_end(Worker *worker)
+static int prepare_bus_end(State *state)
 {
-	State *state = worker->state;
-	Connection *c;
+	size_t i;
 	int r;
 
 	r = make_bus(state, BLOOM_SIZE);
-	if (r < 0)
-		return r;
+	if (!r)
+		r = make_connections(state, 120, 1 << 16);
+	for (i = 0; !r && i < state->n_connections; ++i)
+		r = acquire_names(&state->connections[i], i);
+	for (i = 0; !r && i < state->n_connections; ++i)
+		r = match_everything(&state->connections[i]);
 
-	for (state->n_connections = 0; state->n_connections < 120;) {
-		c = &state->connections[state->n_connections];
-		r = make_connections(state, 1, 1 << 16);
-		if (!r)
-			r = acquire_names(c, state->n_connections);
-		if (r < 0)
-			break;
-	}
-	while (!r && state->n_connections && c >= state->connections)
-		r = match_everything(c--);
+	return r;
+}
 
+/* The first bus stands ready; by the time it ends, others measure. */
+static int step_bus_end(Worker *worker)
+{
+	State *state = worker->state;
+
+	usleep(500000);
 	close(state->bus);
 	while (state->n_connections)
 		connection_deinit(&state->connections[--state->n_connections]);
-	return r;
+
+	return prepare_bus_end(state);
 }
 
 /* calls of which nothing comes, and files that come and go */
@@ -641,7 +643,7 @@ static const Attack attacks[] = {
 	{ "match-rules", 1, prepare_match_rules, init_broadcast, step_send },
 	{ "name-release", 1, prepare_name_release, init_name_release, step_name_release },
 	{ "list-names", 4, prepare_list_names, NULL, step_list_names },
-	{ "bus-end", 1, NULL, NULL, step_bus_end },
+	{ "bus-end", 1, prepare_bus_end, NULL, step_bus_end },
 	{ "failing-calls", 48, prepare_bus, NULL, step_failing_calls },
 	{ "stat", 300, NULL, NULL, step_stat },
 	{ "open-close", 8, NULL, NULL, step_open_close },
