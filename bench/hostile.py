@@ -240,7 +240,8 @@ def print_row(row: Row) -> None:
     cells = []
     for name in OPERATIONS:
         raw = row.operations.get(name)
-        figures = [raw[key] for key in ("median_ns", "p99_ns", "worst_ns")] if raw else []
+        keys = ["median_ns", "p99_ns", "worst_ns"] if raw and raw["samples"] else []
+        figures = [raw[key] for key in keys] if raw else []
         more = ">" if raw and raw["unfinished"] else ""
         cells.append(f"{more + ' / '.join(map(milliseconds, figures)):>24}")
     calls = ""
