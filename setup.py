@@ -16,6 +16,7 @@ COMPILED = [
     "kdbusfs/bus/call.py",
     "kdbusfs/bus/commands.py",
     "kdbusfs/bus/connection.py",
+    "kdbusfs/bus/domain.py",
     "kdbusfs/bus/exchange.py",
     "kdbusfs/bus/handle.py",
     "kdbusfs/bus/listing.py",
@@ -30,6 +31,7 @@ COMPILED = [
     "kdbusfs/fuse/fds.py",
     "kdbusfs/fuse/files.py",
     "kdbusfs/fuse/ioctl.py",
+    "kdbusfs/fuse/router.py",
     "kdbusfs/peer/process.py",
 ]
 

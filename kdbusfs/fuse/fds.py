@@ -12,6 +12,7 @@ from ..abi.items import Buffer
 from ..abi.numbers import ExtensionCommand, RecvReturnFlag
 from ..abi.structs import U64
 from ..bus.connection import FdTransfer
+from ..bus.peer import Descriptor
 from ..peer.closers import CLOSERS
 from ..peer.descriptors import FileDescriptor, can_be_sent
 from ..peer.tracer import Installation
@@ -39,17 +40,17 @@ def socket_of(ioctl: Ioctl) -> FileDescriptor | None:
 
 def send(socket: FileDescriptor, ioctl: Ioctl, transfer: FdTransfer) -> None:
     """Send descriptors over *socket*, as many as it takes."""
-    complete = _send_fds(socket, transfer)
+    complete = _send_fds(socket, transfer.slice.offset, transfer.descriptors)
     transfer.release()
     _put_return_flags(ioctl, 0 if complete and transfer.accepted else _INCOMPLETE)
 
 
-def _send_fds(to: FileDescriptor, transfer: FdTransfer) -> bool:
-    """Send descriptors over a connection's own socket; False if it would not take them all."""
-    fds = [d.fd for d in transfer.descriptors if isinstance(d, FileDescriptor)]
+def _send_fds(to: FileDescriptor, offset: int, descriptors: list[Descriptor]) -> bool:
+    """Send descriptors of the slice at *offset* over a connection's own socket; False if it would
+    not take them all."""
+    fds = [d.fd for d in descriptors if isinstance(d, FileDescriptor)]
     if not fds:
         return True
-    offset = transfer.slice.offset
     try:
         to.send(_SOCKET_HEADER.pack(offset, len(fds)), fds)
     except BlockingIOError as error:

@@ -9,8 +9,6 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -44,10 +42,7 @@ class Channel:
 
     def send(self, *files: FileDescriptor) -> bool:
         """Whether all of *files* were sent."""
-        transfer: Any = SimpleNamespace(
-            descriptors=list(files), slice=SimpleNamespace(offset=OFFSET)
-        )
-        return fds._send_fds(self.ours, transfer)
+        return fds._send_fds(self.ours, OFFSET, list(files))
 
     def receive(self) -> tuple[tuple[int, ...], list[int]]:
         """The words of a packet, and the inode numbers of the files that came with it."""

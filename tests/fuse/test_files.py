@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """How those who poll a file are woken."""
 
+import os
 import threading
 
 import pytest
@@ -27,19 +28,6 @@ class Clock:
         return self.now
 
 
-class SlowDevice(Device):
-    """A device that remembers which threads have written to it."""
-
-    __slots__ = ("threads",)
-
-    def __init__(self) -> None:
-        super().__init__(-1)
-        self.threads: list[str] = []
-
-    def write(self, data: object) -> None:
-        self.threads.append(threading.current_thread().name)
-
-
 def _no_backing(nodeid: int, uid: int) -> Backing:
     raise AssertionError("no endpoint is opened here")
 
@@ -48,10 +36,12 @@ def test_those_who_take_long_to_wake_are_woken_by_another_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A file may be polled under thousands of numbers; as soon as it is not, all is as before."""
-    clock, device = Clock(), SlowDevice()
+    clock, threads = Clock(), []
     monkeypatch.setattr(files_module, "monotonic_ns", clock)
+    name = threading.current_thread
+    monkeypatch.setattr(os, "write", lambda *_: threads.append(name().name))
     domain = Domain(FakeClock(), OWN_USER)
-    files = OpenFiles(device, domain, Tree(domain.root), _no_backing, lambda *_: None)
+    files = OpenFiles(Device(-1), domain, Tree(domain.root), _no_backing, lambda *_: None)
     file, own = OpenFile(1, 1), threading.current_thread().name
 
     def wake() -> str:
@@ -59,7 +49,7 @@ def test_those_who_take_long_to_wake_are_woken_by_another_thread(
         file.poll_wanted = True
         files._wake(file)
         daemons.wait_until(lambda: file.n_slow_wakes == n, "the account of it")
-        return device.threads[-1]
+        return threads[-1]
 
     assert [wake() for _ in range(3)] == [own] * 3
     clock.step = 5_000_000
