@@ -16,6 +16,8 @@ from daemons import KDBUSFS, MountNamespace, mounted_at, serving, wait_until
 from kdbusfs.mount import mountinfo
 from kdbusfs.mount.mountinfo import Mount, MountId
 
+pytestmark = pytest.mark.xdist_group("lifecycle")
+
 LINE = (
     rb"36 35 98:0 /mnt1 /mnt\0402 rw,noatime shared:1 master:2"
     rb" - ext\0413 /dev/r\134oot rw,errors=continue"
