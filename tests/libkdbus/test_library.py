@@ -129,7 +129,8 @@ def test_inside(tmp_path: Path) -> None:
 # As in client.c, which lists them; a test below holds both against each other.
 CLIENT_TESTS = (
     "hello unicast slices_are_freed forward peek_drop_priority fds accept_fd call"
-    " interrupted_call many reply_recv names info signals lost update kinds endpoint end fork threads"
+    " interrupted_call many reply_recv names info signals lost update kinds endpoint end fork"
+    " threads"
 ).split()
 
 
