@@ -31,11 +31,13 @@ ifneq ($(KDBUSFS_COMPILE),0)
 COMPILED_SOURCES := $(shell sed -n 's/^    "\(kdbusfs.*\.py\)",/\1/p' setup.py)
 endif
 
+# Those for D-Bus only where there is sd-bus: nothing else needs it.
+PEER_SOURCES = $(filter-out $(if $(wildcard /usr/include/systemd/sd-bus.h),,%/dbus.c %/broker.c),$(wildcard bench/peers/*.c))
 C_SOURCES = $(filter-out %/_native.c,$(wildcard kdbusfs/native/*.c libkdbus/src/*.c examples/*.c \
-	bench/*.c tests/*.c tests/*/*.c))
+	bench/*.c tests/*.c tests/*/*.c) $(PEER_SOURCES))
 # and what clang-format holds in shape, .clang-format says how
 C_FILES = $(C_SOURCES) $(wildcard tests/*/*/*.c kdbusfs/native/*.h libkdbus/src/*.h libkdbus/include/kdbus/*.h \
-	bench/*.h tests/*/*.h)
+	bench/*.h bench/peers/*.[ch] tests/*/*.h)
 C_WARNINGS := -std=gnu11 -O2 -D_GNU_SOURCE= -Wall -Wextra -Wshadow -Wundef -Wstrict-prototypes \
 	-Wmissing-prototypes -Wvla -Werror
 
@@ -45,7 +47,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test fuzz check bench bench-hostile dist install lock clean library root
+.PHONY: help setup packages demo test fuzz check bench bench-hostile bench-peers peers dist install lock clean library root
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -77,6 +79,9 @@ bench: root setup library ## measure, beside the smallest FUSE server in C, and 
 bench-hostile: root setup ## measure how long others wait while one attacks (AGAINST=... another kdbusfs)
 	@$(BIN)/python bench/hostile.py $(if $(AGAINST),--against '$(AGAINST)')
 
+bench-peers: root setup peers $(VENV)/.bench ## time it beside D-Bus, sockets, queues and pipes, and draw the plots
+	@$(BIN)/python bench/peers.py --plots docs/performance
+
 dist: $(VENV)/.tools ## build sdists and wheels into dist/, and try each in an empty environment
 	@$(BIN)/python tools/dist.py dist
 
@@ -102,6 +107,10 @@ library: packages
 	@echo "compiling libkdbus"
 	@$(MAKE) --silent -C libkdbus all
 
+# Whose packages can't be had is left out, and told.
+peers: packages
+	@tools/packages.sh '$(PYTHON)' peers || echo "going on without them" >&2
+
 setup: $(VENV)/.kdbusfs $(VENV)/.kdbus
 
 packages: $(VENV)/.packages
@@ -121,6 +130,10 @@ $(VENV)/.tools: $(VENV)/.packages requirements/build.txt
 $(VENV)/.requirements: $(VENV)/.tools requirements/dev.txt
 	@echo "installing what kdbusfs needs (pyfuse3 is compiled) and what tests it"
 	@$(PIP_INSTALL) $(LOCKED) --requirement requirements/dev.txt
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.requirements requirements/bench.txt
+	@$(PIP_INSTALL) $(LOCKED) --requirement requirements/bench.txt
 	@touch $@
 
 # What builds these two is in the environment, in the versions of requirements/build.txt.

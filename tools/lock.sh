@@ -5,6 +5,7 @@
 #
 #   run.txt     what the installed daemon and client need
 #   dev.txt     that, and what tests and checks them
+#   bench.txt   what draws plots
 #   build.txt   what builds kdbusfs, kdbus and those of the others that come as source
 set -eu
 
@@ -26,4 +27,5 @@ resolve() { # FILE ARGUMENT...
 
 resolve build.txt --group build
 resolve dev.txt --constraint requirements/build.txt --group dev pyproject.toml libkdbus/pyproject.toml
+resolve bench.txt --constraint requirements/dev.txt --group bench
 resolve run.txt --constraint requirements/dev.txt pyproject.toml libkdbus/pyproject.toml

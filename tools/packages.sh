@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Sees to it that what pip can't bring is there: compiler, FUSE headers, Python headers.
-# Usage: packages.sh PYTHON, or packages.sh --list to print all that it may install
+# Usage: packages.sh PYTHON, or packages.sh --list to print all that it may install;
+# packages.sh PYTHON peers for what bench/peers.py holds kdbusfs against
 set -eu
 
 python=${1:-python3}
@@ -29,6 +30,11 @@ want "$python -c 'raise SystemExit(0)'" python3
 want "$python -c \"$headers\"" python3-dev
 want "$python -m ensurepip --version" python3-venv
 [ "$python" != --list ] || exit 0
+if [ "${2:-}" = peers ]; then
+	want "command -v dbus-daemon" dbus
+	want "command -v dbus-broker" dbus-broker
+	want "pkg-config --exists libsystemd" libsystemd-dev
+fi
 [ -z "$wanted" ] || {
 	if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
 		echo "installing with apt-get:$wanted"
