@@ -13,11 +13,14 @@ import fcntl
 import os
 import socket
 import stat
+import sys
+import termios
 import threading
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EBADF, EINVAL, EMEDIUMTYPE, EMFILE, ETXTBSY
+from errno import EAGAIN, EBADF, EINVAL, EMEDIUMTYPE, EMFILE, ETXTBSY
 from functools import partial
 
 from ..abi.errors import CommandError
@@ -59,6 +62,11 @@ def is_kdbusfs_device(device: tuple[int, int]) -> bool:
 MAX_WAITING = 2048
 """Descriptors of one user that may wait to be closed before no more are taken. A user whose 1,024
 connections end at once has as many sockets to be closed, and is in no way malicious."""
+MAX_UNREAD = 512
+"""Descriptors that may lie in a connection's own socket. Nobody has these who could be charged for
+them. libkdbus reads those of one message, 253 at most, before it asks for another."""
+_PACKET_SIZE = 512
+"""Each packet takes more than that of a socket's send buffer: the kernel counts its own structs."""
 _SMALL = 1 << 20
 """A memfd up to this size is freed in no time."""
 _N_DRAINED = 1024
@@ -103,12 +111,56 @@ def can_be_sent(fd: int) -> bool:
     return True
 
 
+class _Unread:
+    """How many of the descriptors sent on a channel may not have been read.
+
+    Those are of the packets that were sent last, and the kernel tells how much of the send buffer
+    is taken by these. Whoever else sends there only adds to it, so none is ever missed.
+    """
+
+    __slots__ = ("_counts", "_fd", "_sum")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        # What lies there to begin with may be full of them.
+        self._counts: deque[int] = deque((MAX_UNREAD,))
+        self._sum = MAX_UNREAD
+
+    def has_room(self, n: int) -> bool:
+        """Whether *n* more may be sent."""
+        if self._sum + n > MAX_UNREAD:
+            self._look()
+        return self._sum + n <= MAX_UNREAD
+
+    def add(self, n: int) -> None:
+        """*n* were sent, in one packet."""
+        self._counts.append(n)
+        self._sum += n
+
+    def _look(self) -> None:
+        """Forget those that have been read."""
+        taken = int.from_bytes(fcntl.ioctl(self._fd, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
+        n_packets = -(-taken // _PACKET_SIZE)
+        while len(self._counts) > n_packets:
+            self._sum -= self._counts.popleft()
+
+
 class FileDescriptor:
     """One open file of a caller, under a number *fd* of ours that user *uid* was charged for: the
     real `bus.peer.Descriptor`. It is closed when its last holder releases it; what nobody released
     is closed with its last reference."""
 
-    __slots__ = ("_device", "_flags", "_holders", "_in_memory", "_mode", "_uid", "_watcher", "fd")
+    __slots__ = (
+        "_device",
+        "_flags",
+        "_holders",
+        "_in_memory",
+        "_mode",
+        "_uid",
+        "_unread",
+        "_watcher",
+        "fd",
+    )
 
     def __init__(self, fd: int, watcher: Watcher, uid: int) -> None:
         self.fd = fd
@@ -117,6 +169,8 @@ class FileDescriptor:
         self._uid = uid
         self._in_memory = False
         """Whether it has turned out to be a memfd of no great size."""
+        self._unread: _Unread | None = None
+        """As a connection's channel: what has been sent on it."""
         self._flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         fields = ffi.new("uint32_t[3]")
         if lib.kdbusfs_stat(fd, fields, fields + 1, fields + 2) < 0:
@@ -218,6 +272,7 @@ class FileDescriptor:
         n_queued: int = lib.kdbusfs_make_channel(self.fd, self._uid)
         if n_queued == -EINVAL:
             raise CommandError(EINVAL, "not an AF_UNIX socket to the caller's own user")
+        self._unread = _Unread(self.fd)
         # Packets without files may lie there as long as they like.
         if n_queued:
             self.hold()
@@ -235,8 +290,13 @@ class FileDescriptor:
 
     def send(self, data: bytes, descriptors: list[int]) -> None:
         """Send *descriptors* over this channel; OSError if it does not take them now."""
+        unread, n = self._unread, len(descriptors)
+        assert unread is not None, "not a channel"
+        if not unread.has_room(n):
+            raise BlockingIOError(EAGAIN, "too many descriptors lie there unread")
         with self._socket() as ours:
             _send_fds(ours, data, descriptors)
+        unread.add(n)
 
     # --- memfds
 

@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -20,6 +21,7 @@ from privilege import uring
 
 OFFSET = 4096
 LOST = 1 << 63
+SO_SNDBUFFORCE = 32
 
 
 def _nobody(fd: int, callback: Callable[[], None]) -> None:
@@ -39,6 +41,7 @@ class Channel:
         ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.theirs.setblocking(False)
         self.ours = taken(ours.detach())
+        self.ours.become_channel()
 
     def send(self, *files: FileDescriptor) -> bool:
         """Whether all of *files* were sent."""
@@ -135,3 +138,55 @@ def test_a_socket_that_nobody_reads_is_not_waited_for(channel: Channel) -> None:
         channel.theirs.close()
         sender.join()
         file.release()
+
+
+def test_few_descriptors_lie_on_a_socket_that_nobody_reads(channel: Channel) -> None:
+    """Nobody has these who could be charged for them, and its send buffer takes thousands."""
+    made_large(channel)
+    file = taken(os.eventfd(0))
+    assert fill(channel, file, 5) == descriptors.MAX_UNREAD // 5
+    # What has been read makes room: not for more, though it is not known to the last packet.
+    for _ in range(60):
+        channel.receive()
+    assert 0 < fill(channel, file, 5) <= 60
+    file.release()
+
+
+def test_a_socket_that_is_handed_over_again_takes_no_more_for_that(channel: Channel) -> None:
+    """For another connection, or for the same one."""
+    made_large(channel)
+    file = taken(os.eventfd(0))
+    fill(channel, file, 5)
+    again = taken(os.dup(channel.ours.fd))
+    again.become_channel()
+    channel.ours.release()
+    channel.ours = again
+    assert fill(channel, file, 1) == 0
+    with suppress(BlockingIOError):
+        while True:
+            channel.receive()
+    assert channel.send(file)
+    file.release()
+
+
+def test_who_reads_may_have_any_number_of_descriptors(channel: Channel) -> None:
+    files = [pipe() for _ in range(16)]
+    for _ in range(1000):
+        assert channel.send(*files)
+        assert len(channel.receive()[1]) == 16
+    for file in files:
+        file.release()
+
+
+def made_large(channel: Channel) -> None:
+    """As large as an ordinary user can make a send buffer, if not larger."""
+    with channel.ours._socket() as ours:
+        ours.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 1 << 23)
+
+
+def fill(channel: Channel, file: FileDescriptor, n: int) -> int:
+    """How many packets of *n* descriptors it takes."""
+    n_sent = 0
+    while channel.send(*[file] * n):
+        n_sent += 1
+    return n_sent
