@@ -7,14 +7,29 @@ that the tests stand on the ABI alone. `File.ioctl` does what the FUSE side does
 
 import errno as _errno
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from errno import EFAULT
 from typing import Any
 
 import pytest
 
+from abi_client.building import (
+    BLOOM_SIZE,
+    GARBAGE,
+    POOL_SIZE,
+    bloom,
+    bloom_parameter,
+    command,
+    hello,
+    message,
+    name,
+    send_command,
+    text,
+    u64,
+    vec,
+)
+from abi_client.received import Info, Received, records
 from bus.fakes import HOME_USERS, FakeClock, FakeMemory, FakePeer
 from kdbusfs.abi.errors import CommandError, Fault, Stalled
 from kdbusfs.abi.numbers import ATTACH_ALL, ID_ANY, Command, HelloFlag, ItemType, MsgFlag, SendFlag
@@ -25,78 +40,8 @@ from kdbusfs.bus.domain import Domain
 from kdbusfs.bus.handle import Handle
 from kdbusfs.bus.pool import Inode
 
-NEGOTIATE = 1 << 63
-GARBAGE = 0xDEADBEEFDEADBEEF
-"""What output fields hold when a command goes in."""
 _DIRECTION_WRITE = 0x40000000
-DBUS = 0x4442757344427573
-BLOOM_SIZE = 64
-POOL_SIZE = 1 << 20
-OFFSET_NONE = (1 << 64) - 1
 SECOND = 1_000_000_000
-
-
-def u64(*numbers: int) -> bytes:
-    return struct.pack(f"={len(numbers)}Q", *(n & (1 << 64) - 1 for n in numbers))
-
-
-def align8(n: int) -> int:
-    return (n + 7) & ~7
-
-
-def item(type_: int, payload: bytes = b"", *, pad: bytes = b"\0") -> bytes:
-    """One item, padded to 8 with *pad*."""
-    size = 16 + len(payload)
-    return u64(size, type_) + payload + pad * (-size & 7)
-
-
-def text(type_: int, string: str) -> bytes:
-    return item(type_, string.encode() + b"\0")
-
-
-def name(string: str) -> bytes:
-    return text(ItemType.NAME, string)
-
-
-def vec(address: int, size: int) -> bytes:
-    return item(ItemType.PAYLOAD_VEC, u64(size, address))
-
-
-def memfd(fd: int, size: int, start: int = 0) -> bytes:
-    return item(ItemType.PAYLOAD_MEMFD, struct.pack("=QQiI", start, size, fd, 0))
-
-
-def fds(*numbers: int) -> bytes:
-    return item(ItemType.FDS, struct.pack(f"={len(numbers)}i", *numbers))
-
-
-def bloom(bits: Iterable[int] = (), generation: int = 0, size: int = BLOOM_SIZE) -> bytes:
-    """A BLOOM_FILTER item with these bits set."""
-    return item(ItemType.BLOOM_FILTER, u64(generation) + bits_to_bytes(bits, size))
-
-
-def mask(*generations: Iterable[int], size: int = BLOOM_SIZE) -> bytes:
-    """A BLOOM_MASK item; one set of bits for each generation."""
-    return item(ItemType.BLOOM_MASK, b"".join(bits_to_bytes(bits, size) for bits in generations))
-
-
-def bits_to_bytes(bits: Iterable[int], size: int) -> bytes:
-    return sum(1 << bit for bit in set(bits)).to_bytes(size, "little")
-
-
-def access(type_: int, level: int, id_: int = 0) -> bytes:
-    return item(ItemType.POLICY_ACCESS, u64(type_, level, id_))
-
-
-def parse_items(chain: bytes) -> list[tuple[int, bytes]]:
-    """The (type, payload) of each item."""
-    found = []
-    while chain:
-        size, type_ = struct.unpack_from("=QQ", chain)
-        assert 16 <= size <= len(chain)
-        found.append((type_, chain[16:size]))
-        chain = chain[align8(size) :]
-    return found
 
 
 @contextmanager
@@ -106,93 +51,6 @@ def fails(errno: int) -> Iterator[None]:
         yield
     seen = _errno.errorcode[caught.value.errno]
     assert seen == _errno.errorcode[errno], caught.value
-
-
-@dataclass
-class Received:
-    """A message, or another result, as it lies in a pool."""
-
-    offset: int
-    raw: bytes
-    """All of the slice."""
-    return_flags: int = 0
-    """Those of the command."""
-    fd_flags: int = 0
-    """msg.return_flags, or reply.return_flags."""
-    lost: int = 0
-
-    def _field(self, at: int) -> int:
-        value: int = struct.unpack_from("=Q", self.raw, at)[0]
-        return value
-
-    size = property(lambda self: self._field(0))
-    flags = property(lambda self: self._field(8))
-    priority = property(lambda self: struct.unpack_from("=q", self.raw, 16)[0])
-    dst_id = property(lambda self: self._field(24))
-    src_id = property(lambda self: self._field(32))
-    payload_type = property(lambda self: self._field(40))
-    cookie = property(lambda self: self._field(48))
-    cookie_reply = property(lambda self: self._field(56))
-    timeout_ns = cookie_reply
-
-    @property
-    def items(self) -> list[tuple[int, bytes]]:
-        return parse_items(self.raw[64 : self.size])
-
-    @property
-    def types(self) -> list[int]:
-        return [type_ for type_, _ in self.items]
-
-    def all(self, type_: int) -> list[bytes]:
-        return [payload for t, payload in self.items if t == type_]
-
-    def the(self, type_: int) -> bytes:
-        (payload,) = self.all(type_)
-        return payload
-
-    def numbers(self, type_: int) -> tuple[int, ...]:
-        """The payload of an item made of u64."""
-        payload = self.the(type_)
-        return struct.unpack(f"={len(payload) // 8}Q", payload)
-
-    @property
-    def offsets(self) -> list[tuple[int, int]]:
-        """(offset, size) of each PAYLOAD_OFF."""
-        pairs = (struct.unpack("=QQ", p) for p in self.all(ItemType.PAYLOAD_OFF))
-        return [(offset, size) for size, offset in pairs]
-
-    @property
-    def data(self) -> bytes:
-        """The payload of all PAYLOAD_OFF together."""
-        return b"".join(
-            bytes(size) if offset == OFFSET_NONE else self.raw[offset : offset + size]
-            for offset, size in self.offsets
-        )
-
-    @property
-    def fds(self) -> list[int]:
-        found: list[int] = []
-        for payload in self.all(ItemType.FDS):
-            found += struct.unpack(f"={len(payload) // 4}i", payload)
-        return found
-
-    @property
-    def memfds(self) -> list[int]:
-        return [struct.unpack("=QQiI", p)[2] for p in self.all(ItemType.PAYLOAD_MEMFD)]
-
-    @property
-    def notification(self) -> tuple[Any, ...]:
-        """(type, what happened...) of a message of the bus."""
-        assert self.src_id == 0
-        type_, payload = self.items[0]
-        kind = ItemType(type_)
-        if type_ in (ItemType.ID_ADD, ItemType.ID_REMOVE):
-            return (kind, *struct.unpack("=QQ", payload))
-        if type_ in (ItemType.REPLY_TIMEOUT, ItemType.REPLY_DEAD):
-            assert not payload
-            return (kind, self.cookie_reply)
-        old_id, old_flags, new_id, new_flags = struct.unpack_from("=QQQQ", payload)
-        return (kind, payload[32:-1].decode(), (old_id, old_flags), (new_id, new_flags))
 
 
 class Pending:
@@ -249,7 +107,7 @@ class Pending:
     def reply(self) -> Received:
         assert self.error == 0, self.error
         offset, size, flags = struct.unpack_from("=QQQ", self.struct(), 32)
-        return Received(offset, self.file.visible(offset, size), fd_flags=flags)
+        return Received(offset, self.file.visible(offset, size), msg_return_flags=flags)
 
     def interrupt(self) -> None:
         """A signal arrives."""
@@ -392,43 +250,6 @@ class File:
         return self.ioctl(Command.HELLO, argument)
 
 
-def command(flags: int = 0, *items: bytes, fields: bytes = b"") -> bytes:
-    """A command's struct: size, flags, return_flags, *fields* and items."""
-    body = fields + b"".join(items)
-    return u64(24 + len(body), flags, GARBAGE) + body
-
-
-def hello(
-    *items: bytes,
-    flags: int = 0,
-    send: int = ATTACH_ALL,
-    recv: int = 0,
-    pool_size: int = POOL_SIZE,
-) -> bytes:
-    fields = u64(send, recv, GARBAGE, GARBAGE, pool_size, GARBAGE, GARBAGE, GARBAGE, GARBAGE)
-    return command(flags, *items, fields=fields)
-
-
-def message(
-    dst_id: int = 0,
-    *items: bytes,
-    flags: int = 0,
-    cookie: int = 1,
-    timeout: int = 0,
-    priority: int = 0,
-    src_id: int = 0,
-    payload_type: int = DBUS,
-) -> bytes:
-    """A struct kdbus_msg; *timeout* is cookie_reply as well."""
-    body = b"".join(items)
-    fields = (flags, priority, dst_id, src_id, payload_type, cookie, timeout)
-    return u64(64 + len(body), *fields) + body
-
-
-def send_command(address: int, *items: bytes, flags: int = 0) -> bytes:
-    return command(flags, *items, fields=u64(address, GARBAGE, GARBAGE, GARBAGE))
-
-
 class Client(File):
     """A connection. Each command raises CommandError, or returns what is worth knowing."""
 
@@ -563,8 +384,8 @@ class Client(File):
             fields = struct.unpack("=QQQqQQQQ", done.struct())
         if done.error:
             raise CommandError(done.error, fields)  # type: ignore[arg-type]
-        _, _, returned, _, lost, offset, size, fd_flags = fields
-        got = Received(offset, self.visible(offset, size), returned, fd_flags, lost)
+        _, _, returned, _, lost, offset, size, msg_return_flags = fields
+        got = Received(offset, self.visible(offset, size), returned, msg_return_flags, lost)
         if free:
             self.free(offset)
         return got
@@ -604,7 +425,7 @@ class Client(File):
         kinds: int = ATTACH_ALL,
         free: bool = True,
         code: int = Command.CONN_INFO,
-    ) -> "Info":
+    ) -> Info:
         argument = command(0, *items, fields=u64(id_, kinds, GARBAGE, GARBAGE))
         offset, size = struct.unpack_from("=QQ", self.ioctl(code, argument), 40)
         raw = self.visible(offset, size)
@@ -612,7 +433,7 @@ class Client(File):
             self.free(offset)
         return Info(offset, raw)
 
-    def creator_info(self, kinds: int = ATTACH_ALL) -> "Info":
+    def creator_info(self, kinds: int = ATTACH_ALL) -> Info:
         return self.info(kinds=kinds, code=Command.BUS_CREATOR_INFO)
 
     def list(self, flags: int) -> list[tuple[int, int, str | None, int]]:
@@ -622,46 +443,19 @@ class Client(File):
         raw = self.visible(offset, size)
         self.free(offset)
         found: list[tuple[int, int, str | None, int]] = []
-        while raw:
-            length, id_, hello_flags = struct.unpack_from("=QQQ", raw)
-            assert length % 8 == 0
-            items = parse_items(raw[24:length])
-            if items:
-                ((type_, payload),) = items
+        for record in records(raw):
+            if record.items:
+                ((type_, payload),) = record.items
                 assert type_ == ItemType.OWNED_NAME
                 assert payload[-1:] == b"\0"
                 name_flags = struct.unpack_from("=Q", payload)[0]
-                found.append((id_, hello_flags, payload[8:-1].decode(), name_flags))
+                found.append((record.id, record.flags, payload[8:-1].decode(), name_flags))
             else:
-                found.append((id_, hello_flags, None, 0))
-            raw = raw[length:]
+                found.append((record.id, record.flags, None, 0))
         return found
 
     def update(self, *items: bytes) -> None:
         self.ioctl(Command.UPDATE, command(0, *items))
-
-
-@dataclass
-class Info:
-    """A struct kdbus_info."""
-
-    offset: int
-    raw: bytes
-
-    def __post_init__(self) -> None:
-        self.size, self.id, self.flags = struct.unpack_from("=QQQ", self.raw)
-        assert self.size == len(self.raw)
-        assert self.size % 8 == 0
-        self.items = parse_items(self.raw[24:])
-        self.types = [type_ for type_, _ in self.items]
-
-    def the(self, type_: int) -> bytes:
-        (payload,) = [payload for t, payload in self.items if t == type_]
-        return payload
-
-    def numbers(self, type_: int) -> tuple[int, ...]:
-        payload = self.the(type_)
-        return struct.unpack(f"={len(payload) // 8}Q", payload)
 
 
 def return_flags(result: bytes) -> int:
@@ -723,10 +517,6 @@ class Bus:
     def owner_of(self, string: str) -> int | None:
         owner = self.core.names.owner_of(string.encode())
         return owner.id if owner else None
-
-
-def bloom_parameter(size: int = BLOOM_SIZE, n_hash: int = 1) -> bytes:
-    return item(ItemType.BLOOM_PARAMETER, u64(size, n_hash))
 
 
 class FakeDomain:

@@ -17,22 +17,11 @@ from errno import (
 
 import pytest
 
+from abi_client.building import BLOOM_SIZE, access, command, item, mask, name, text, u64
 from bus.fakes import FakePeer
-from bus.harness import (
-    ATTACH_ALL,
-    BLOOM_SIZE,
-    Bus,
-    Client,
-    access,
-    command,
-    fails,
-    item,
-    mask,
-    name,
-    text,
-    u64,
-)
+from bus.harness import Bus, Client, fails
 from kdbusfs.abi.numbers import (
+    ATTACH_ALL,
     AttachFlag,
     Command,
     ItemType,
@@ -168,8 +157,8 @@ def test_info_by_id_and_by_name(bus: Bus) -> None:
     other.acquire(A)
     for info in (client.info(other.id), client.info(0, name(A)), client.info(other.id, name(A))):
         assert (info.id, info.flags) == (other.id, 1)
-        assert info.the(I.CONN_DESCRIPTION) == b"me\0"
-        assert info.the(I.OWNED_NAME) == u64(0x20) + A.encode() + b"\0"
+        assert info.one(I.CONN_DESCRIPTION) == b"me\0"
+        assert info.one(I.OWNED_NAME) == u64(0x20) + A.encode() + b"\0"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +248,7 @@ def test_creator_info_is_frozen_and_ignores_the_id(bus: Bus) -> None:
     made.owner.metadata.tid_comm = b"changed"
     client = made.hello()
     info = client.info(12345, code=Command.BUS_CREATOR_INFO)
-    assert info.the(I.TID_COMM) == b"thread\0"
+    assert info.one(I.TID_COMM) == b"thread\0"
 
 
 # --- LIST

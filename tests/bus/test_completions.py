@@ -7,8 +7,9 @@ from errno import ECONNRESET, EPIPE, ETIMEDOUT
 
 import pytest
 
+from abi_client.building import command
 from bus.fakes import FakePeer
-from bus.harness import SECOND, Bus, Client, Pending, command
+from bus.harness import SECOND, Bus, Client, Pending
 from kdbusfs.abi.errors import CommandError, Stalled
 from kdbusfs.abi.numbers import Command
 

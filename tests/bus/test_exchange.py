@@ -23,22 +23,11 @@ from typing import Any
 
 import pytest
 
-from blocks import CALL, HEAD, HERE, WAIT, block, code, inline
+from abi_client.blocks import CALL, HEAD, HERE, WAIT, block, code, inline
+from abi_client.building import bloom, fds, message, text, u64, vec
+from abi_client.received import Received
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import (
-    SECOND,
-    Bus,
-    Client,
-    Pending,
-    Received,
-    bloom,
-    fails,
-    fds,
-    message,
-    text,
-    u64,
-    vec,
-)
+from bus.harness import SECOND, Bus, Client, Pending, fails
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import (
     ID_ANY,
@@ -70,7 +59,7 @@ class Result:
         _, self.n_freed, _, self.n_sent, self.n_recv, n = struct.unpack_from("=6I", raw, 40)
         raw = client.peer.read(pending.call.address + HEAD, 24 * n) if n else b""
         self.messages = [
-            Received(offset, client.visible(offset, size), fd_flags=flags)
+            Received(offset, client.visible(offset, size), msg_return_flags=flags)
             for offset, size, flags in struct.iter_unpack("=3Q", raw)
         ]
 

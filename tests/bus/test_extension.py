@@ -6,8 +6,9 @@ from errno import EBADF, EBADFD, ECONNRESET, EINVAL, EOPNOTSUPP
 
 import pytest
 
+from abi_client.building import command, message, send_command, u64
 from bus.fakes import FakeFile
-from bus.harness import Bus, File, command, fails, message, send_command, u64
+from bus.harness import Bus, File, fails
 from kdbusfs.abi.numbers import ExtensionCommand
 
 E = ExtensionCommand

@@ -14,16 +14,8 @@ from typing import Any
 
 import pytest
 
-from bus.fakes import FakeFile, FakeMemory, FakePeer
-from bus.faults import KINDS, Faults, snapshot
-from bus.harness import (
-    ATTACH_ALL,
+from abi_client.building import (
     NEGOTIATE,
-    SECOND,
-    Client,
-    FakeDomain,
-    File,
-    Pending,
     access,
     bloom,
     bloom_parameter,
@@ -38,8 +30,12 @@ from bus.harness import (
     u64,
     vec,
 )
+from bus.fakes import FakeFile, FakeMemory, FakePeer
+from bus.faults import KINDS, Faults, snapshot
+from bus.harness import SECOND, Client, FakeDomain, File, Pending
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import (
+    ATTACH_ALL,
     Command,
     ExtensionCommand,
     HelloFlag,

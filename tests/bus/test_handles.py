@@ -14,17 +14,11 @@ from errno import (
 
 import pytest
 
-from bus.fakes import FakePeer
-from bus.harness import (
+from abi_client.building import (
     NEGOTIATE,
-    Bus,
-    Client,
-    FakeDomain,
-    File,
     access,
     bloom_parameter,
     command,
-    fails,
     hello,
     item,
     message,
@@ -32,6 +26,8 @@ from bus.harness import (
     text,
     u64,
 )
+from bus.fakes import FakePeer
+from bus.harness import Bus, Client, FakeDomain, File, fails
 from kdbusfs.abi.numbers import Command, HelloFlag, ItemType, PolicyAccess, PolicyType
 from kdbusfs.abi.specs import COMMAND_SPECS
 from kdbusfs.bus.handle import HandleState
@@ -360,7 +356,7 @@ def test_metadata_of_a_connection_is_that_of_who_said_hello(bus: Bus) -> None:
     file.peer = greeter
     id_ = int.from_bytes(file.hello()[48:56], "little")
     file.peer = user
-    assert client.info(id_).the(ItemType.TID_COMM) == b"greeter\0"
+    assert client.info(id_).one(ItemType.TID_COMM) == b"greeter\0"
 
 
 # --- poll

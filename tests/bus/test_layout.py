@@ -7,24 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abi_client.building import bloom, fds, item, memfd, message, send_command, text, u64, vec
 from bus.fakes import FakeFile
-from bus.harness import (
-    DBUS,
-    OFFSET_NONE,
-    Bus,
-    FakeDomain,
-    align8,
-    bloom,
-    fds,
-    item,
-    memfd,
-    message,
-    send_command,
-    text,
-    u64,
-    vec,
-)
-from kdbusfs.abi.numbers import AttachFlag, Command, ItemType
+from bus.harness import Bus, FakeDomain
+from kdbusfs.abi.numbers import OFFSET_NONE, AttachFlag, Command, ItemType, PayloadType
+from kdbusfs.abi.structs import align8
 
 I = ItemType  # noqa: E741
 
@@ -36,7 +23,7 @@ def off(offset: int, size: int) -> bytes:
 def test_an_empty_message_is_a_bare_header(bus: Bus) -> None:
     client = bus.hello()
     client.send(client, cookie=7)
-    assert client.recv().raw == u64(64, 0, 0, client.id, client.id, DBUS, 7, 0)
+    assert client.recv().raw == u64(64, 0, 0, client.id, client.id, PayloadType.DBUS, 7, 0)
 
 
 def test_the_worked_example(bus: Bus) -> None:
@@ -62,7 +49,7 @@ def test_a_small_message_to_the_byte(bus: Bus) -> None:
     client = bus.hello()
     client.send(client, vec(client.peer.put(b"hello"), 5), priority=-2, cookie=3)
     assert client.recv().raw == (
-        u64(96, 0, -2, client.id, client.id, DBUS, 3, 0) + off(96, 5) + b"hello\0\0\0"
+        u64(96, 0, -2, client.id, client.id, PayloadType.DBUS, 3, 0) + off(96, 5) + b"hello\0\0\0"
     )
 
 

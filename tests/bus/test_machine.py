@@ -38,19 +38,9 @@ from hypothesis.stateful import (
     rule,
 )
 
+from abi_client.building import access, bloom, fds, mask, name
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import (
-    SECOND,
-    Bus,
-    Client,
-    FakeDomain,
-    Pending,
-    access,
-    bloom,
-    fds,
-    mask,
-    name,
-)
+from bus.harness import SECOND, Bus, Client, FakeDomain, Pending
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import (
     HelloFlag,

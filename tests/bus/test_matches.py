@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abi_client.building import access, bloom, item, mask, name, u64
 from bus.fakes import FakePeer
-from bus.harness import Bus, Client, access, bloom, item, mask, name, u64
+from bus.harness import Bus, Client
 from kdbusfs.abi.numbers import (
     ID_ANY,
     AttachFlag,

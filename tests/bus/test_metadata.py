@@ -6,9 +6,10 @@ from errno import EINVAL, ENXIO, EPERM
 
 import pytest
 
+from abi_client.building import item, text, u64
 from bus.fakes import ALL_CAPABILITIES, HOME_PIDS, HOME_USERS, LAST_CAPABILITY, FakePeer
-from bus.harness import ATTACH_ALL, Bus, Client, fails, item, text, u64
-from kdbusfs.abi.numbers import AttachFlag, ItemType, NameFlag
+from bus.harness import Bus, Client, fails
+from kdbusfs.abi.numbers import ATTACH_ALL, AttachFlag, ItemType, NameFlag
 from kdbusfs.bus.metadata import PROCESS, Capabilities, PidNamespace, UserNamespace
 
 I, F = ItemType, AttachFlag  # noqa: E741
@@ -92,15 +93,15 @@ def test_what_the_items_hold(bus: Bus) -> None:
     assert got.numbers(I.CREDS) == (1000, 1001, 1000, 1001, 100, 101, 100, 101)
     assert got.numbers(I.PIDS) == (peer.tid, peer.tid, 1)
     assert got.numbers(I.AUXGROUPS) == (1, 2, 3)
-    assert got.the(I.TID_COMM) == b"thread\0"
-    assert got.the(I.PID_COMM) == b"process\0"
-    assert got.the(I.EXE) == b"/usr/bin/fake\0"
-    assert got.the(I.CMDLINE) == b"fake\0"
-    assert got.the(I.CGROUP) == b"/fake\0"
-    assert got.the(I.SECLABEL) == b"unconfined\0"
-    assert got.the(I.AUDIT) == struct.pack("=II", 7, 1000)
-    assert got.the(I.CONN_DESCRIPTION) == b"it-is-I\0"
-    caps = struct.unpack("=I8I", got.the(I.CAPS))
+    assert got.one(I.TID_COMM) == b"thread\0"
+    assert got.one(I.PID_COMM) == b"process\0"
+    assert got.one(I.EXE) == b"/usr/bin/fake\0"
+    assert got.one(I.CMDLINE) == b"fake\0"
+    assert got.one(I.CGROUP) == b"/fake\0"
+    assert got.one(I.SECLABEL) == b"unconfined\0"
+    assert got.one(I.AUDIT) == struct.pack("=II", 7, 1000)
+    assert got.one(I.CONN_DESCRIPTION) == b"it-is-I\0"
+    caps = struct.unpack("=I8I", got.one(I.CAPS))
     low, high = ALL_CAPABILITIES & UNSET, ALL_CAPABILITIES >> 32
     assert caps == (LAST_CAPABILITY, 0, 0, 1 << 15, 0, 1 << 15, 0, low, high)
 
@@ -190,11 +191,11 @@ def test_messages_tell_of_who_sends_and_info_of_who_said_hello(bus: Bus) -> None
     with sender.used_by(child):
         sender.send(client)
     got = client.recv()
-    assert got.the(I.TID_COMM) == b"child\0"
+    assert got.one(I.TID_COMM) == b"child\0"
     assert got.numbers(I.PIDS) == (child.tid, child.tid, 1)
     greeter.metadata.tid_comm = b"renamed"
     info = client.info(sender.id)
-    assert info.the(I.TID_COMM) == b"thread\0", "frozen at HELLO"
+    assert info.one(I.TID_COMM) == b"thread\0", "frozen at HELLO"
     assert info.numbers(I.PIDS) == (greeter.tid, greeter.tid, 1)
 
 
@@ -218,7 +219,7 @@ def test_ids_are_told_as_the_receivers_user_namespace_has_them(bus: Bus) -> None
     got = client.recv()
     assert got.numbers(I.CREDS) == (0, 65534, 0, 65534, 1, 1, 1, 1)
     assert sorted(got.numbers(I.AUXGROUPS)) == [0, 65534]
-    assert got.the(I.AUDIT) == struct.pack("=II", 3, 0)
+    assert got.one(I.AUDIT) == struct.pack("=II", 3, 0)
 
 
 @pytest.mark.parametrize(("login", "told"), [(7, UNSET), (UNSET, UNSET), (1000, 0)])
@@ -226,7 +227,7 @@ def test_a_login_uid_that_does_not_map_is_unset(bus: Bus, login: int, told: int)
     client, sender = receiver(bus, INNER), bus.hello()
     sender.peer.metadata.audit = (3, login)
     sender.send(client)
-    assert client.recv().the(I.AUDIT) == struct.pack("=II", 3, told)
+    assert client.recv().one(I.AUDIT) == struct.pack("=II", 3, told)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_capabilities_are_told_as_they_reach_into_the_receivers_namespace(
     peer = FakePeer(1000, user_namespace=own, ipc_owner=True).become(euid=euid)
     peer.metadata.caps = Capabilities(LAST_CAPABILITY, 1, 2, 3, 4)
     bus.hello(peer=peer).send(client)
-    sets = struct.unpack("=I4Q", client.recv().the(I.CAPS))
+    sets = struct.unpack("=I4Q", client.recv().one(I.CAPS))
     full = ALL_CAPABILITIES
     expected = {"verbatim": (1, 2, 3, 4), "full": (0, full, full, full), "none": (0, 0, 0, 0)}
     assert sets == (LAST_CAPABILITY, *expected[told])
@@ -393,7 +394,7 @@ def test_claims_are_shown_as_made(bus: Bus) -> None:
     info = bus.hello().info(faker(bus, CREDS, PIDS, SECLABEL).id)
     assert info.numbers(I.CREDS) == tuple(range(10, 18))
     assert info.numbers(I.PIDS) == (21, 22, 0)
-    assert info.the(I.SECLABEL) == b"fake-label\0"
+    assert info.one(I.SECLABEL) == b"fake-label\0"
 
 
 def test_messages_of_a_faker_have_no_process_items(bus: Bus) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
+from abi_client.building import access, fds, name, vec
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import SECOND, Bus, Client, access, fails, fds, name, vec
+from bus.harness import SECOND, Bus, Client, fails
 from kdbusfs.abi.numbers import HelloFlag, ItemType, NameFlag, PolicyAccess, PolicyType
 
 I = ItemType  # noqa: E741

@@ -5,9 +5,11 @@ import struct
 
 import pytest
 
+from abi_client.building import u64
 from bus.fakes import FakePeer
-from bus.harness import SECOND, Bus, Client, align8, u64
+from bus.harness import SECOND, Bus, Client
 from kdbusfs.abi.numbers import ID_ANY, HelloFlag, ItemType, NameFlag
+from kdbusfs.abi.structs import align8
 
 I = ItemType  # noqa: E741
 A, B = "com.example.a", "com.example.b"
@@ -168,7 +170,7 @@ def test_a_reply_notification_that_does_not_fit_is_lost_without_trace(bus: Bus) 
 
 def test_sequence_numbers_are_one_for_each_notification(bus: Bus, watcher: Client) -> None:
     bus.activator(A).close()
-    stamps = [struct.unpack("=QQQ", m.the(I.TIMESTAMP))[0] for m in watcher.inbox()]
+    stamps = [struct.unpack("=QQQ", m.one(I.TIMESTAMP))[0] for m in watcher.inbox()]
     assert stamps == list(range(stamps[0], stamps[0] + 4))
 
 

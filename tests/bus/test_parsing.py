@@ -6,31 +6,27 @@ from errno import EAGAIN, EBADSLT, EEXIST, EFAULT, EINVAL, EMSGSIZE, ENXIO, ESRC
 
 import pytest
 
-from bus.fakes import FakePeer
-from bus.harness import (
-    ATTACH_ALL,
+from abi_client.building import (
     GARBAGE,
     NEGOTIATE,
-    Bus,
-    File,
     bloom,
     bloom_parameter,
     command,
-    fails,
     hello,
     item,
     mask,
     memfd,
     message,
     name,
-    return_flags,
     send_command,
     text,
     u64,
     vec,
 )
-from bus.harness import fds as fds_item
-from kdbusfs.abi.numbers import Command, ItemType
+from abi_client.building import fds as fds_item
+from bus.fakes import FakePeer
+from bus.harness import Bus, File, fails, return_flags
+from kdbusfs.abi.numbers import ATTACH_ALL, Command, ItemType
 
 C, I = Command, ItemType  # noqa: E741
 

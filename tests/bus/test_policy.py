@@ -6,8 +6,9 @@ from errno import EEXIST, EINVAL, ENXIO, EPERM, ESRCH
 
 import pytest
 
+from abi_client.building import access, name
 from bus.fakes import HOME_USERS, FakePeer
-from bus.harness import Bus, Client, access, fails, name
+from bus.harness import Bus, Client, fails
 from kdbusfs.abi.numbers import ItemType, ListFlag, NameFlag, PolicyAccess, PolicyType
 from kdbusfs.bus.metadata import UserNamespace
 from kdbusfs.bus.policy import Entries, Line, PolicyDatabase, policy_size

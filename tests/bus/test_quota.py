@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abi_client.building import access, fds, memfd, name, vec
+from abi_client.received import Received
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import Bus, Client, Received, access, fails, fds, memfd, name, vec
+from bus.harness import Bus, Client, fails
 from kdbusfs.abi.numbers import HelloFlag, MsgFlag, PolicyAccess, PolicyType, RecvFlag
 from kdbusfs.bus.quota import Quota, User
 

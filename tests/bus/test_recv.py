@@ -5,8 +5,9 @@ from errno import EAGAIN, EINVAL, ENXIO
 
 import pytest
 
+from abi_client.building import fds, memfd, text, vec
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import Bus, Client, fails, fds, memfd, text, vec
+from bus.harness import Bus, Client, fails
 from kdbusfs.abi.numbers import (
     HelloFlag,
     ItemType,
@@ -108,7 +109,7 @@ def test_losses_are_told_once_whatever_the_flags(bus: Bus, flags: int) -> None:
     for _ in range(3):
         client.broadcast(data=bytes(4096))
     got = client.recv(flags, free=False)
-    assert (got.lost, got.return_flags, got.fd_flags) == (3, DROPPED_MSGS, 0)
+    assert (got.lost, got.return_flags, got.msg_return_flags) == (3, DROPPED_MSGS, 0)
     got = client.recv(flags, free=False)
     assert (got.lost, got.return_flags) == (0, 0)
 
@@ -152,9 +153,9 @@ def test_descriptors_are_installed_fds_first_then_memfds(bus: Bus) -> None:
     sender.send(client, memfd(numbers[3], 8), fds(numbers[2], numbers[1]), memfd(numbers[0], 16))
     got = client.recv()
     assert files_of(client, got.fds) == [one, two]
-    assert files_of(client, got.memfds) == [mem, other]
-    assert got.fds + got.memfds == [0, 1, 2, 3]
-    assert got.fd_flags == 0
+    assert files_of(client, got.memfd_numbers) == [mem, other]
+    assert got.fds + got.memfd_numbers == [0, 1, 2, 3]
+    assert got.msg_return_flags == 0
     assert got.types == [I.PAYLOAD_MEMFD, I.FDS, I.PAYLOAD_MEMFD]
 
 
@@ -175,8 +176,8 @@ def test_what_can_not_be_installed_is_minus_one(bus: Bus, room: int) -> None:
     fd, mem = sender.peer.open(FakeFile()), sender.peer.open(FakeFile(size=8))
     sender.send(client, fds(fd, fd), memfd(mem, 8), data=b"anyway")
     got = client.recv()
-    assert got.fds + got.memfds == [0, 1, 2][:room] + [-1] * (3 - room)
-    assert got.fd_flags == (0 if room == 3 else INCOMPLETE_FDS)
+    assert got.fds + got.memfd_numbers == [0, 1, 2][:room] + [-1] * (3 - room)
+    assert got.msg_return_flags == (0 if room == 3 else INCOMPLETE_FDS)
     assert (got.return_flags, got.data) == (0, b"anyway")
 
 
@@ -194,7 +195,7 @@ def test_memfds_are_for_everyone(bus: Bus) -> None:
     sender, client = bus.hello(), bus.hello()
     sender.send(client, memfd(sender.peer.open(FakeFile(size=8)), 8))
     got = client.recv()
-    assert (got.memfds, got.fd_flags) == ([0], 0)
+    assert (got.memfd_numbers, got.msg_return_flags) == ([0], 0)
 
 
 @pytest.mark.parametrize("flags", [0, ACCEPT_FD])
@@ -204,7 +205,7 @@ def test_a_monitor_without_accept_fd_sees_minus_one(bus: Bus, flags: int) -> Non
     sender.send(client, fds(fd), memfd(mem, 8))
     got = monitor.recv()
     assert got.fds == ([0] if flags else [-1])
-    assert files_of(monitor, got.memfds)[0] is not None
+    assert files_of(monitor, got.memfd_numbers)[0] is not None
     assert client.recv().fds == [0]
 
 

@@ -24,8 +24,9 @@ from errno import (
 
 import pytest
 
+from abi_client.building import fds, item, memfd, vec
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import SECOND, Bus, Client, Pending, fails, fds, item, memfd, vec
+from bus.harness import SECOND, Bus, Client, Pending, fails
 from kdbusfs.abi.numbers import HelloFlag, ItemType, RecvFlag
 from kdbusfs.bus.reply import Reply
 
@@ -375,7 +376,11 @@ def test_a_reply_to_a_call_brings_its_descriptors(bus: Bus, server: Client) -> N
     waiting = client.call(server, cookie=5)
     fd, mem = server.peer.open(FakeFile()), server.peer.open(FakeFile(size=8))
     server.reply(client, 5, fds(fd), memfd(mem, 8))
-    assert (waiting.reply.fds, waiting.reply.memfds, waiting.reply.fd_flags) == ([0], [-1], 1)
+    assert (waiting.reply.fds, waiting.reply.memfd_numbers, waiting.reply.msg_return_flags) == (
+        [0],
+        [-1],
+        1,
+    )
 
 
 @pytest.mark.parametrize("ahead", [0, -1, -SECOND + 1, 1 << 63])

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from bus.harness import Bus, FakeDomain, mask
+from abi_client.building import mask
+from bus.harness import Bus, FakeDomain
 from kdbusfs.abi.numbers import ListFlag
 from kdbusfs.bus.bus import Bus as CoreBus
 from kdbusfs.bus.connection import Connection, QueueEntry

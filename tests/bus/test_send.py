@@ -29,13 +29,10 @@ from typing import Any
 
 import pytest
 
-from bus.fakes import FakeFile, FakePeer
-from bus.harness import (
+from abi_client.building import (
     BLOOM_SIZE,
-    Bus,
     access,
     bloom,
-    fails,
     fds,
     item,
     mask,
@@ -46,6 +43,8 @@ from bus.harness import (
     u64,
     vec,
 )
+from bus.fakes import FakeFile, FakePeer
+from bus.harness import Bus, fails
 from kdbusfs.abi.numbers import (
     ID_ANY,
     Command,
@@ -302,7 +301,7 @@ def test_which_memfds_may_be_sent(bus: Bus, file: FakeFile | None, errno: int) -
         assert client.inbox() == []
     else:
         client.send(client, memfd(fd, 48, 16))
-        (number,) = client.recv().memfds
+        (number,) = client.recv().memfd_numbers
         assert client.peer.files[number] is file
 
 
@@ -339,7 +338,7 @@ def test_16_fds_and_16_memfds_fit_into_a_message(bus: Bus) -> None:
     got = client.recv()
     files = client.peer.files
     assert [files[n] for n in got.fds] == [files[n] for n in numbers]
-    assert [files[n] for n in got.memfds] == [files[big]] * 16
+    assert [files[n] for n in got.memfd_numbers] == [files[big]] * 16
 
 
 # --- finding the destination
@@ -548,5 +547,5 @@ def test_memfds_are_broadcast_to_each_their_own(bus: Bus) -> None:
     file = FakeFile(size=8)
     sender.broadcast(memfd(sender.peer.open(file), 8))
     for client in (one, two):
-        (number,) = client.recv().memfds
+        (number,) = client.recv().memfd_numbers
         assert client.peer.files == {number: file}

@@ -15,22 +15,9 @@ from errno import (
 
 import pytest
 
+from abi_client.building import access, bloom_parameter, hello, item, name, parse_items, text, u64
 from bus.fakes import HOME_USERS, FakeMemory, FakePeer, no_memory
-from bus.harness import (
-    Bus,
-    Client,
-    FakeDomain,
-    File,
-    access,
-    bloom_parameter,
-    fails,
-    hello,
-    item,
-    name,
-    parse_items,
-    text,
-    u64,
-)
+from bus.harness import Bus, Client, FakeDomain, File, fails
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import Command, HelloFlag, ItemType, PolicyAccess, PolicyType
 from kdbusfs.bus.handle import HandleState

@@ -5,8 +5,9 @@ from errno import EEXIST, EMFILE, ENOMEM, EXFULL
 
 import pytest
 
+from abi_client.building import access, mask
 from bus.fakes import FakePeer
-from bus.harness import Bus, FakeDomain, access, fails, mask
+from bus.harness import Bus, FakeDomain, fails
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import ListFlag, NameFlag, PolicyAccess, PolicyType
 from kdbusfs.bus.shares import Budget, Share

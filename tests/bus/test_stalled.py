@@ -12,10 +12,11 @@ from errno import EBADSLT, EBUSY, ECONNRESET, EFAULT, ENXIO, EPIPE, ESHUTDOWN, E
 
 import pytest
 
+from abi_client.building import bloom_parameter, item, text, u64
 from bus.fakes import Buffer, FakeMemory, FakePeer
-from bus.harness import ATTACH_ALL, SECOND, Bus, File, bloom_parameter, item, text, u64
+from bus.harness import SECOND, Bus, File
 from kdbusfs.abi.errors import CommandError, Stalled
-from kdbusfs.abi.numbers import AttachFlag, HelloFlag, ItemType
+from kdbusfs.abi.numbers import ATTACH_ALL, AttachFlag, HelloFlag, ItemType
 from kdbusfs.bus.metadata import ProcessMetadata
 
 I = ItemType  # noqa: E741
@@ -314,4 +315,4 @@ def test_metadata_is_gathered_anew(stage: Stage) -> None:
     with stage.stalled(change):
         stage.sender.send(curious)
     (got,) = curious.inbox()
-    assert got.the(I.TID_COMM) == b"changed\0"
+    assert got.one(I.TID_COMM) == b"changed\0"

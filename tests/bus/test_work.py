@@ -9,22 +9,9 @@ from errno import ECONNRESET, EIO, EPIPE, ETIMEDOUT, EXFULL
 
 import pytest
 
+from abi_client.building import access, command, message, name, parse_items, send_command, u64
 from bus.fakes import FakePeer
-from bus.harness import (
-    SECOND,
-    Bus,
-    Client,
-    FakeDomain,
-    Pending,
-    access,
-    command,
-    fails,
-    message,
-    name,
-    parse_items,
-    send_command,
-    u64,
-)
+from bus.harness import SECOND, Bus, Client, FakeDomain, Pending, fails
 from kdbusfs.abi.numbers import Command, ItemType, ListFlag, NameFlag, PolicyAccess, PolicyType
 from kdbusfs.abi.specs import COMMAND_SPECS
 from kdbusfs.bus.bus import Bus as CoreBus

@@ -10,8 +10,9 @@ import struct
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from abi_client.building import u64
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import FakeDomain, File, u64
+from bus.harness import FakeDomain, File
 from kdbusfs.abi.numbers import ItemType
 from kdbusfs.abi.specs import COMMAND_SPECS
 

@@ -18,7 +18,7 @@ import select
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,12 +26,26 @@ from typing import Self
 import pytest
 
 import daemons
+from abi_client.building import (
+    BLOOM_SIZE,
+    POOL_SIZE,
+    Memfd,
+    bloom,
+    bloom_parameter,
+    item,
+    memfd,
+    message,
+    text,
+    u64,
+    vec,
+)
+from abi_client.building import fds as fds_item
+from abi_client.building import name as name_item
+from abi_client.received import Info, Received, records
 from kdbusfs.abi import structs
-from kdbusfs.abi.items import build, build_string
 from kdbusfs.abi.numbers import (
     ATTACH_ALL,
     DST_ID_BROADCAST,
-    OFFSET_NONE,
     Command,
     HelloFlag,
     ItemType,
@@ -40,12 +54,10 @@ from kdbusfs.abi.numbers import (
     RecvFlag,
     SendFlag,
 )
-from kdbusfs.abi.structs import I32, U64, align8
+from kdbusfs.abi.structs import U64, align8
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
-POOL_SIZE = MIB
-BLOOM_SIZE = 64
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
@@ -173,25 +185,7 @@ class Vec:
     size: int
 
 
-@dataclass(frozen=True)
-class Memfd:
-    """A PAYLOAD_MEMFD: a part of a sealed file."""
-
-    fd: int
-    size: int
-    start: int = 0
-
-
 Part = bytes | Vec | Memfd
-
-
-def bloom(data: bytes = bytes(BLOOM_SIZE), generation: int = 0) -> bytes:
-    """A BLOOM_FILTER item, as every signal needs one."""
-    return build(ItemType.BLOOM_FILTER, U64.pack(generation) + data)
-
-
-def fds_item(fds: Sequence[int]) -> bytes:
-    return build(ItemType.FDS, b"".join(I32.pack(fd) for fd in fds))
 
 
 def make_message(
@@ -213,105 +207,26 @@ def make_message(
     chain, kept = [items], []
     for part in parts:
         if isinstance(part, Memfd):
-            memfd = structs.MEMFD.pack(part.start, part.size, part.fd, 0)
-            chain.append(build(ItemType.PAYLOAD_MEMFD, memfd))
+            chain.append(memfd(part.fd, part.size, part.start))
             continue
         if isinstance(part, bytes):
             kept.append(memory := Memory(part))
             part = Vec(memory.address, len(part))
-        chain.append(build(ItemType.PAYLOAD_VEC, structs.VEC.pack(part.size, part.address)))
+        chain.append(vec(part.address, part.size))
     if fds:
-        chain.append(fds_item(fds))
+        chain.append(fds_item(*fds))
     if name is not None:
-        chain.append(build_string(ItemType.DST_NAME, name.encode()))
-    tail = b"".join(chain)
-    header = structs.MSG.pack(
-        *(structs.MSG_SIZE + len(tail), flags, priority, dst_id),
-        *(src_id, payload_type, cookie, last),
+        chain.append(text(ItemType.DST_NAME, name))
+    content = message(
+        *(dst_id, *chain),
+        flags=flags,
+        priority=priority,
+        src_id=src_id,
+        payload_type=payload_type,
+        cookie=cookie,
+        timeout=last,
     )
-    return header + tail, kept
-
-
-@dataclass
-class Received:
-    """A message as it lies in the receiver's pool."""
-
-    offset: int
-    slice_size: int
-    return_flags: int
-    """msg.return_flags: INCOMPLETE_FDS"""
-    content: bytes
-    """The whole slice."""
-    size: int = field(init=False)
-    flags: int = field(init=False)
-    priority: int = field(init=False)
-    dst_id: int = field(init=False)
-    src_id: int = field(init=False)
-    payload_type: int = field(init=False)
-    cookie: int = field(init=False)
-    last: int = field(init=False)
-    """timeout_ns or cookie_reply"""
-    items: list[tuple[int, bytes]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        header = structs.MSG.unpack_from(self.content)
-        self.size, self.flags, self.priority, self.dst_id = header[:4]
-        self.src_id, self.payload_type, self.cookie, self.last = header[4:]
-        self.items = list(read_items(self.content[structs.MSG_SIZE : self.size]))
-
-    def all(self, type_: int) -> list[bytes]:
-        """The payloads of all items of *type_*."""
-        return [payload for found, payload in self.items if found == type_]
-
-    def one(self, type_: int) -> bytes:
-        """The payload of the only item of *type_*."""
-        (payload,) = self.all(type_)
-        return payload
-
-    @property
-    def types(self) -> list[int]:
-        return [type_ for type_, _ in self.items]
-
-    @property
-    def payload(self) -> bytes:
-        """What all vecs hold, one after the other; zeros where there are no data."""
-        pieces = []
-        for size, offset in map(structs.VEC.unpack, self.all(ItemType.PAYLOAD_OFF)):
-            at = self.content[offset : offset + size] if offset != OFFSET_NONE else bytes(size)
-            assert len(at) == size
-            pieces.append(at)
-        return b"".join(pieces)
-
-    @property
-    def fds(self) -> list[int]:
-        """The numbers in FDS."""
-        return [fd for payload in self.all(ItemType.FDS) for (fd,) in I32.iter_unpack(payload)]
-
-    @property
-    def memfds(self) -> list[Memfd]:
-        found = map(structs.MEMFD.unpack, self.all(ItemType.PAYLOAD_MEMFD))
-        return [Memfd(fd, size, start) for start, size, fd, _ in found]
-
-    @property
-    def seqnum(self) -> int:
-        """The sequence number in TIMESTAMP."""
-        return int(structs.TIMESTAMP.unpack(self.one(ItemType.TIMESTAMP))[0])
-
-    def close_fds(self) -> None:
-        """Close every descriptor that came along."""
-        for fd in (*self.fds, *(memfd.fd for memfd in self.memfds)):
-            if fd >= 0:
-                os.close(fd)
-
-
-def read_items(chain: bytes) -> Iterator[tuple[int, bytes]]:
-    """The items of a chain, each held against what is left."""
-    at = 0
-    while at < len(chain):
-        size, type_ = structs.ITEM_HEADER.unpack_from(chain, at)
-        assert structs.ITEM_HEADER_SIZE <= size <= len(chain) - at
-        yield type_, chain[at + structs.ITEM_HEADER_SIZE : at + size]
-        at += align8(size)
+    return content, kept
 
 
 # --- files
@@ -355,10 +270,9 @@ class File:
 
 def bus_items(name: str, *, attach: int | None = None, size: int = BLOOM_SIZE) -> bytes:
     """What BUS_MAKE needs; *attach* is the creator mask."""
-    items = build_string(ItemType.MAKE_NAME, name.encode())
-    items += build(ItemType.BLOOM_PARAMETER, structs.BLOOM_PARAMETER.pack(size, 1))
+    items = text(ItemType.MAKE_NAME, name) + bloom_parameter(size)
     if attach is not None:
-        items += build(ItemType.ATTACH_FLAGS_SEND, U64.pack(attach))
+        items += item(ItemType.ATTACH_FLAGS_SEND, u64(attach))
     return items
 
 
@@ -467,7 +381,7 @@ class Connection(File):
         assert bytes(argument) == content, "SEND leaves the message as it is"
         offset, size, flags = structs.MSG_INFO.unpack_from(bytes(result), 32)
         if sync:
-            return Received(offset, size, flags, self.pool.read(offset, size))
+            return Received(offset, self.pool.read(offset, size), msg_return_flags=flags)
         assert (offset, size, flags) == (self.pool_size, 0, 0)
         return None
 
@@ -498,7 +412,7 @@ class Connection(File):
         """RECV, but for DROP; EAGAIN at once if there is nothing."""
         result = self.recv_raw(flags, priority)
         offset, size, msg_flags = structs.MSG_INFO.unpack_from(bytes(result), 40)
-        return Received(offset, size, msg_flags, self.pool.read(offset, size))
+        return Received(offset, self.pool.read(offset, size), msg_return_flags=msg_flags)
 
     def recv_raw(self, flags: int = 0, priority: int = 0) -> Memory:
         """RECV; its argument as it is afterwards."""
@@ -539,11 +453,11 @@ class Connection(File):
 
     def acquire(self, name: str, flags: int = 0) -> int:
         """NAME_ACQUIRE; its return_flags."""
-        item = build_string(ItemType.NAME, name.encode())
+        item = name_item(name)
         return self.command(Command.NAME_ACQUIRE, items=item, flags=flags).u64(16)
 
     def release(self, name: str) -> None:
-        self.command(Command.NAME_RELEASE, items=build_string(ItemType.NAME, name.encode()))
+        self.command(Command.NAME_RELEASE, items=name_item(name))
 
     def match(self, *items: bytes, cookie: int = 1, flags: int = 0) -> None:
         """MATCH_ADD; without items it takes everything."""
@@ -559,12 +473,12 @@ class Connection(File):
         name: str | None = None,
         code: int = Command.CONN_INFO,
     ) -> Info:
-        items = build_string(ItemType.NAME, name.encode()) if name is not None else b""
+        items = name_item(name) if name is not None else b""
         result = self.command(code, id_, attach, 0xDEAD, 0xDEAD, items=items)
         offset, size = result.u64(40), result.u64(48)
         content = self.pool.read(offset, size)
         self.free(offset)
-        return Info(content)
+        return Info(offset, content)
 
     def creator_info(self, attach: int = ATTACH_ALL) -> Info:
         return self.info(0, attach, code=Command.BUS_CREATOR_INFO)
@@ -574,29 +488,7 @@ class Connection(File):
         offset, size = result.u64(24), result.u64(32)
         content = self.pool.read(offset, size) if size else b""
         self.free(offset)
-        records = []
-        while content:
-            (length,) = U64.unpack_from(content)
-            records.append(Info(content[:length]))
-            content = content[length:]
-        return records
-
-
-class Info:
-    """A struct kdbus_info and its items."""
-
-    def __init__(self, content: bytes) -> None:
-        size, self.id, self.flags = structs.INFO.unpack_from(content)
-        assert size == len(content)
-        self.items = list(read_items(content[structs.INFO.size :]))
-
-    @property
-    def types(self) -> list[int]:
-        return [type_ for type_, _ in self.items]
-
-    def one(self, type_: int) -> bytes:
-        (payload,) = [payload for found, payload in self.items if found == type_]
-        return payload
+        return records(content, offset)
 
 
 # --- small things

@@ -91,13 +91,13 @@ def test_a_call_returns_its_reply(bus: Bus, target: Connection) -> None:
             with fails(errno.ENXIO):
                 conn.free(reply.offset)
             test.recv(2)
-            return reply.payload, reply.src_id, reply.last, reply.flags
+            return reply.data, reply.src_id, reply.cookie_reply, reply.flags
 
     with Child(call) as child:
         request = target.take()
-        assert request.payload == b"question"
+        assert request.data == b"question"
         assert request.flags == MsgFlag.EXPECT_REPLY
-        assert request.last > monotonic_ns(0)
+        assert request.cookie_reply > monotonic_ns(0)
         target.reply(request, b"answer")
         with fails(errno.EBADSLT):
             target.reply(request, b"twice")
@@ -110,7 +110,7 @@ def test_a_large_reply_arrives_whole(bus: Bus, target: Connection) -> None:
 
     def call(_: socket.socket) -> bytes:
         with bus.connect(pool_size=16 * MIB) as conn:
-            return conn.call(target.id).payload
+            return conn.call(target.id).data
 
     with Child(call) as child:
         target.reply(target.take(), data)
@@ -121,7 +121,7 @@ def test_messages_meanwhile_wait_in_the_queue(bus: Bus, target: Connection) -> N
     def call(_: socket.socket) -> list[bytes]:
         with bus.connect() as conn:
             reply = conn.call(target.id)
-            return [reply.payload, *(m.payload for m in conn.drain())]
+            return [reply.data, *(m.data for m in conn.drain())]
 
     with Child(call) as child:
         request = target.take()
@@ -140,7 +140,7 @@ def test_blocked_calls_block_nobody_else(bus: Bus, target: Connection, programs:
         daemons.wait_until(lambda: len(target.list(1)) == 4, "no caller")
         for n in range(200):
             one.send(two.id, b"%d" % n)
-            assert two.take().payload == b"%d" % n
+            assert two.take().data == b"%d" % n
 
 
 def test_many_threads_of_one_connection_each_get_their_reply(
@@ -166,7 +166,7 @@ def test_time_runs_out(bus: Bus, target: Connection) -> None:
         assert 0.05 <= time.monotonic() - start < 5
         # The request is still there, the reply comes too late, and nobody is told of it.
         request = target.take()
-        assert request.payload == b"?"
+        assert request.data == b"?"
         with fails(errno.EBADSLT):
             target.reply(request)
         with fails(errno.EAGAIN):
@@ -254,7 +254,7 @@ def test_cancelled_from_the_start_the_message_still_goes_out(
                 flags=MsgFlag.EXPECT_REPLY,
                 last=monotonic_ns(60),
             )
-        assert target.take().payload == b"out"
+        assert target.take().data == b"out"
     for fd in fds:
         os.close(fd)
 
@@ -354,13 +354,13 @@ def test_the_death_of_an_activators_implementer_does_not_end_a_call_by_name(bus:
 
     def call(_: socket.socket) -> bytes:
         with bus.connect() as conn:
-            return conn.call(name="com.example.activated").payload
+            return conn.call(name="com.example.activated").data
 
     with bus.connect(flags=HelloFlag.ACTIVATOR, items=name) as activator:
         first = bus.connect()
         first.acquire("com.example.activated")
         with Child(call) as child:
-            assert first.take().payload == b""
+            assert first.take().data == b""
             # The child has a copy of it, so closing it here is not enough.
             first.byebye()
             first.close()
@@ -461,7 +461,7 @@ def test_a_reply_between_interruption_and_resumption_is_not_lost(
             test.recv(2)
             reply = conn.send(target.id, b"?", **request)  # type: ignore[arg-type]
             assert reply is not None
-            return reply.payload
+            return reply.data
 
     with Child(call) as child:
         child.hear()
@@ -552,7 +552,7 @@ def test_only_whom_was_asked_may_answer(bus: Bus, target: Connection) -> None:
         target.send(conn.id, b"right", last=5)
         with fails(errno.EBADSLT):
             target.send(conn.id, b"again", last=5)
-        assert [m.payload for m in conn.drain()] == [b"right"]
+        assert [m.data for m in conn.drain()] == [b"right"]
 
 
 def test_timeouts_come_in_the_order_of_deadlines(bus: Bus, target: Connection) -> None:
@@ -560,7 +560,7 @@ def test_timeouts_come_in_the_order_of_deadlines(bus: Bus, target: Connection) -
         for cookie, timeout in ((1, 0.15), (2, 0.05), (3, 0.1)):
             conn.request(target.id, cookie=cookie, timeout=timeout)
         told = [conn.take() for _ in range(3)]
-        assert [(m.types[0], m.last) for m in told] == [
+        assert [(m.types[0], m.cookie_reply) for m in told] == [
             (ItemType.REPLY_TIMEOUT, cookie) for cookie in (2, 3, 1)
         ]
         assert [(m.size, m.dst_id, m.src_id) for m in told] == [(120, conn.id, 0)] * 3

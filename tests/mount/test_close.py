@@ -9,12 +9,13 @@ import socket
 import pytest
 
 import daemons
+from abi_client.received import Received
 from kdbusfs.abi import structs
 from kdbusfs.abi.items import build, build_string
 from kdbusfs.abi.numbers import Command, ItemType, ListFlag, NameFlag
 from kdbusfs.abi.structs import U64x2
 from mount.processes import Child
-from mount.raw import Bus, Connection, File, Received, fails, poll
+from mount.raw import Bus, Connection, File, fails, poll
 
 ANY_ID = (1 << 64) - 1
 ID_ADDS = build(ItemType.ID_ADD, U64x2.pack(ANY_ID, 0))
@@ -70,7 +71,7 @@ def test_a_duplicate_works_as_the_first_did(bus: Bus) -> None:
         copy = os.dup(conn.fd)
         os.close(conn.fd)
         conn.fd = copy
-        assert conn.take().payload == b"foobar"
+        assert conn.take().data == b"foobar"
 
 
 def test_a_fork_keeps_the_connection(bus: Bus) -> None:
@@ -81,7 +82,7 @@ def test_a_fork_keeps_the_connection(bus: Bus) -> None:
             test.send(b"ready")
             test.recv(2)
             conn.send(conn.id, b"from the child")
-            assert conn.take().payload == b"from the child"
+            assert conn.take().data == b"from the child"
 
         with Child(hold) as child:
             child.hear()
@@ -147,7 +148,7 @@ def test_a_disconnect_is_told_in_order(bus: Bus) -> None:
             ("REPLY_DEAD", 0, 0, ""),
             ("ID_REMOVE", gone.id, 0, ""),
         ]
-        assert sorted(message.last for message in messages[3:5]) == [1, 2]
+        assert sorted(message.cookie_reply for message in messages[3:5]) == [1, 2]
 
 
 def test_everything_a_close_causes_is_there_when_it_returns(bus: Bus) -> None:

@@ -18,6 +18,8 @@ import pytest
 
 import daemons
 import kdbus
+from abi_client.building import Memfd
+from abi_client.building import fds as fds_item
 from kdbusfs.abi.items import build
 from kdbusfs.abi.numbers import (
     HelloFlag,
@@ -33,9 +35,7 @@ from mount.raw import (
     Connection,
     File,
     Mapping,
-    Memfd,
     fails,
-    fds_item,
     libc,
     outcome,
     sealed_memfd,
@@ -72,7 +72,7 @@ def test_a_descriptor_is_the_same_open_file(bus: Bus) -> None:
         sender.send(receiver.id, fds=[write])
         message = receiver.recv()
         (fd,) = message.fds
-        assert message.return_flags == 0
+        assert message.msg_return_flags == 0
         assert fd not in (read, write)
         assert fcntl.fcntl(fd, fcntl.F_GETFD) == fcntl.FD_CLOEXEC
         assert same_file(fd, write)
@@ -103,7 +103,7 @@ def test_descriptors_reach_another_process(bus: Bus) -> None:
             test.send(conn.id.to_bytes(8, "little"))
             message = conn.take()
             gained = fds_of() - before
-            return os.pread(message.fds[0], 100, 0), message.return_flags, gained
+            return os.pread(message.fds[0], 100, 0), message.msg_return_flags, gained
 
     with bus.connect() as sender, Child(receive) as child:
         to = int.from_bytes(child.socket.recv(8), "little")
@@ -153,12 +153,12 @@ def test_what_must_not_pass_does_not(mount: daemons.Mount, bus: Bus) -> None:
             (unbound.fd, errno.EOPNOTSUPP),
         ):
             with fails(expected):
-                sender.send(receiver.id, items=fds_item([fd]))
+                sender.send(receiver.id, items=fds_item(fd))
             with fails(expected):
-                sender.send(receiver.id, items=fds_item([0, fd]))
+                sender.send(receiver.id, items=fds_item(0, fd))
         # Refused before anybody looks for the destination.
         with fails(errno.EBADF):
-            sender.send(1 << 40, items=fds_item([-1]))
+            sender.send(1 << 40, items=fds_item(-1))
         with fails(errno.EAGAIN):
             receiver.recv()
     for end in unix:
@@ -174,7 +174,7 @@ def test_descriptors_of_a_foreign_number_are_the_senders_not_the_daemons(
         mine = set(map(int, os.listdir("/proc/self/fd")))
         for number in sorted(set(foreign) - mine)[:5] or [999]:
             with fails(errno.EBADF):
-                conn.send(conn.id, items=fds_item([number]))
+                conn.send(conn.id, items=fds_item(number))
 
 
 def test_sixteen_descriptors_and_sixteen_memfds_at_once(bus: Bus) -> None:
@@ -183,7 +183,7 @@ def test_sixteen_descriptors_and_sixteen_memfds_at_once(bus: Bus) -> None:
     with bus.connect() as sender, bus.connect() as receiver:
         sender.send(receiver.id, *[Memfd(fd, 6) for fd in parts], fds=plain)
         message = receiver.recv()
-        assert message.return_flags == 0
+        assert message.msg_return_flags == 0
         assert [os.pread(fd, 9, 0) for fd in message.fds] == [b"fd %d" % n for n in range(16)]
         assert [os.pread(m.fd, 9, 0) for m in message.memfds] == [
             b"memfd %d" % n for n in range(16)
@@ -202,7 +202,7 @@ def test_an_empty_list_of_descriptors_is_no_descriptors(bus: Bus) -> None:
     with bus.connect() as sender, bus.connect(flags=0) as receiver:
         sender.send(receiver.id, b"none", items=build(ItemType.FDS, b""))
         message = receiver.recv()
-        assert (message.fds, message.return_flags) == ([], 0)
+        assert (message.fds, message.msg_return_flags) == ([], 0)
 
 
 def test_a_receiver_that_accepts_none_gets_no_message(bus: Bus) -> None:
@@ -213,7 +213,7 @@ def test_a_receiver_that_accepts_none_gets_no_message(bus: Bus) -> None:
         # Memfds are payload, and need no consent.
         sender.send(receiver.id, Memfd(memfd, 7))
         message = receiver.recv()
-        assert message.return_flags == 0
+        assert message.msg_return_flags == 0
         assert os.pread(message.memfds[0].fd, 10, 0) == b"content"
         message.close_fds()
     os.close(memfd)
@@ -231,10 +231,10 @@ def test_monitors_get_descriptors_only_if_they_accept_them(bus: Bus) -> None:
         conn.send(conn.id, Memfd(memfd, 7), fds=[write])
         without, with_, own = refusing.recv(), accepting.recv(), conn.recv()
         assert without.fds == [-1]
-        assert without.return_flags == INCOMPLETE
+        assert without.msg_return_flags == INCOMPLETE
         assert same_file(without.memfds[0].fd, memfd)
         for message in (with_, own):
-            assert message.return_flags == 0
+            assert message.msg_return_flags == 0
             assert same_file(message.fds[0], write)
         assert len({m.memfds[0].fd for m in (without, with_, own)}) == 3
         for message in (without, with_, own):
@@ -419,12 +419,12 @@ def receive_in(
             test.send(conn.id.to_bytes(8, "little"))
             conn.wait()
             message = conn.recv()
-            assert message.payload == b"payload"
+            assert message.data == b"payload"
             gained = len(_open_numbers()) - len(before)
             numbers = [*message.fds, *(m.fd for m in message.memfds)]
             for number in numbers:
                 assert number < 0 or os.pread(number, 4, 0) == b"file"
-            return numbers, message.return_flags, gained
+            return numbers, message.msg_return_flags, gained
 
     fds = [sealed_memfd(b"file") for _ in range(2 * count)]
     with bus.connect() as sender, Child(receive) as child:
@@ -591,7 +591,7 @@ def test_descriptors_come_with_the_reply_of_a_call(bus: Bus) -> None:
         memfd = sealed_memfd(b"question")
         for cookie in (1, 2):
             reply = conn.call(to, b"?", Memfd(memfd, 8), fds=[memfd], cookie=cookie)
-            assert (reply.payload, reply.return_flags) == (b"look", 0)
+            assert (reply.data, reply.msg_return_flags) == (b"look", 0)
             assert os.pread(reply.fds[0], 9, 0) == os.pread(reply.memfds[0].fd, 9, 0) == b"answer"
             reply.close_fds()
         os.close(memfd)
@@ -668,7 +668,7 @@ def test_thousands_of_descriptors_leave_none_behind(
             test.send(conn.id.to_bytes(8, "little"))
             for _ in range(count):
                 message = conn.take()
-                assert message.return_flags == 0
+                assert message.msg_return_flags == 0
                 message.close_fds()
             return fds_of() - before
         library = kdbus.Connection(bus.path)
@@ -721,5 +721,5 @@ def test_peers_killed_in_between_leave_no_descriptor_behind(mount: daemons.Mount
     with bus.connect() as conn:
         conn.send(conn.id, b"still fine", fds=[0])
         message = conn.take()
-        assert message.payload == b"still fine"
+        assert message.data == b"still fine"
         message.close_fds()

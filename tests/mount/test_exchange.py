@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from blocks import CALL, HEAD, HERE, WAIT, block, code
+from abi_client.blocks import CALL, HEAD, HERE, WAIT, block, code
+from abi_client.received import Received
 from kdbusfs.abi.items import build
 from kdbusfs.abi.numbers import HelloFlag, ItemType, MsgFlag
 from kdbusfs.abi.structs import (
@@ -25,7 +26,7 @@ from kdbusfs.abi.structs import (
     U32,
 )
 from mount.processes import wait_in_ioctl
-from mount.raw import Bus, Connection, Memory, Received, fails, ioctl, monotonic_ns
+from mount.raw import Bus, Connection, Memory, fails, ioctl, monotonic_ns
 
 
 def to(
@@ -49,14 +50,14 @@ class Exchange:
         received = self.messages(conn)
         for message in received:
             conn.free(message.offset)
-        return [message.payload for message in received]
+        return [message.data for message in received]
 
     def messages(self, conn: Connection) -> list[Received]:
         ioctl(conn.fileno(), self.code, self.memory.address)
         n = self._u32(CMD_EXCHANGE_N_RECEIVED)
         infos = (MSG_INFO.unpack_from(bytes(self.memory), HEAD + 24 * i) for i in range(n))
         return [
-            Received(offset, size, flags, conn.pool.read(offset, size))
+            Received(offset, conn.pool.read(offset, size), msg_return_flags=flags)
             for offset, size, flags in infos
         ]
 
@@ -84,7 +85,7 @@ def echoing(server: Connection, n: int) -> Iterator[None]:
             reply = (
                 MSG.pack(MSG_SIZE + len(HERE), 0, 0, request.src_id, 0, 1, 1, request.cookie)
                 + HERE,
-                request.payload,
+                request.data,
             )
             options = {"flags": WAIT, "n_recv": 1} if left else {}
             received = Exchange([reply], frees=[request.offset], **options).messages(server)
@@ -143,7 +144,7 @@ def test_descriptors_come_on_the_socket_that_it_brings(bus: Bus) -> None:
         fds = build(ItemType.FDS, struct.pack("=i", writer))
         sent = Exchange([to(conn, b"x", fds)], fd_socket=theirs.fileno(), n_recv=8)
         (message,) = sent.messages(conn)
-        assert (message.fds, message.return_flags) == ([-1], 0)
+        assert (message.fds, message.msg_return_flags) == ([-1], 0)
         packet, ancillary, _, _ = ours.recvmsg(64, socket.CMSG_SPACE(16))
         assert struct.unpack("=QQ", packet) == (message.offset, 1)
         (received,) = array.array("i", ancillary[0][2][:4])
@@ -157,7 +158,7 @@ def test_without_a_socket_descriptors_are_lost_and_the_message_is_not(bus: Bus) 
     with bus.connect(flags=HelloFlag.ACCEPT_FD) as conn:
         conn.send(conn.id, b"x", fds=[0])
         (message,) = Exchange(n_recv=1).messages(conn)
-        assert (message.payload, message.fds, message.return_flags) == (b"x", [-1], 1)
+        assert (message.data, message.fds, message.msg_return_flags) == (b"x", [-1], 1)
 
 
 # --- how waits end

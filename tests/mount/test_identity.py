@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import daemons
+from abi_client.received import Info, Received
 from kdbusfs.abi import structs
 from kdbusfs.abi.items import build, build_string
 from kdbusfs.abi.numbers import (
@@ -28,7 +29,7 @@ from kdbusfs.abi.numbers import (
 )
 from kdbusfs.abi.structs import U64
 from mount.processes import Child, in_child
-from mount.raw import Bus, Connection, Info, Received, fails, libc, outcome
+from mount.raw import Bus, Connection, fails, libc, outcome
 
 pytestmark = pytest.mark.one_pool
 
@@ -171,7 +172,7 @@ def test_all_kinds_of_metadata_are_what_proc_says(
         message = receiver.take()
         child.say()
         known = child.result()
-    assert message.payload == b"who am I?"
+    assert message.data == b"who am I?"
     assert process_items(message) == known.items
     creds = structs.CREDS.unpack(message.one(ItemType.CREDS))
     assert creds == (0,) * 4 + (GROUP,) * 4
@@ -196,7 +197,7 @@ def test_an_ordinary_users_metadata_is_its_own(mount: daemons.Mount, root_fd: in
         with Bus(".", f"{USER}-identity") as bus, bus.connect(recv=ATTACH_ALL) as conn:
             conn.send(conn.id, b"to myself")
             message = conn.take()
-            return process_items(message), expected(), message.payload
+            return process_items(message), expected(), message.data
 
     with Child(own, uid=USER, gid=GROUP, groups=OTHERS) as child:
         found, wanted, payload = child.result()

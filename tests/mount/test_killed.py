@@ -33,10 +33,10 @@ def exchange(bus: Bus, test: socket.socket) -> tuple[int, float]:
             data = chance.randbytes(chance.choice([1, 100, 4096, 70_000]))
             a.request(b.id, data, cookie=n + 1)
             request = b.take()
-            assert (request.src_id, request.payload) == (a.id, data)
+            assert (request.src_id, request.data) == (a.id, data)
             b.reply(request, data[::-1])
             reply = a.take()
-            assert (reply.src_id, reply.last, reply.payload) == (b.id, n + 1, data[::-1])
+            assert (reply.src_id, reply.cookie_reply, reply.data) == (b.id, n + 1, data[::-1])
             longest = max(longest, time.monotonic() - start)
             n += 1
             try:
@@ -149,7 +149,7 @@ def test_a_caller_killed_in_each_call_in_turn_leaves_its_target_well(bus: Bus) -
                     os.sched_yield()
                 caller.kill()
             for request in target.drain():
-                assert request.payload == b"x" * 10_000
+                assert request.data == b"x" * 10_000
         with bus.connect() as conn:
             conn.send(target.id, b"still fine")
-            assert target.take().payload == b"still fine"
+            assert target.take().data == b"still fine"

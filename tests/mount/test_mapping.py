@@ -23,10 +23,10 @@ def test_the_pool_is_read_where_the_offsets_say(bus: Bus) -> None:
     with bus.connect() as conn:
         conn.send(conn.id, b"foobar")
         message = conn.recv()
-        assert message.payload == b"foobar"
+        assert message.data == b"foobar"
         # The same bytes through a second mapping, and one of a single page.
         for mapping in (Mapping(conn.fd, conn.pool_size), Mapping(conn.fd, PAGE)):
-            assert mapping.read(message.offset, message.slice_size) == message.content
+            assert mapping.read(message.offset, message.slice_size) == message.raw
             mapping.unmap()
 
 
@@ -38,7 +38,7 @@ def test_any_page_aligned_part_can_be_mapped(bus: Bus) -> None:
         page = second.offset & -PAGE
         assert page > first.offset
         part = Mapping(conn.fd, 2 * PAGE, offset=page)
-        assert part.read(second.offset - page, second.slice_size) == second.content
+        assert part.read(second.offset - page, second.slice_size) == second.raw
         part.unmap()
         # An offset is not held against the pool's size: beyond it there is nothing to read.
         Mapping(conn.fd, PAGE, offset=8 * conn.pool_size).unmap()
@@ -51,8 +51,8 @@ def test_what_was_mapped_early_shows_what_comes_late(bus: Bus) -> None:
         for n in range(50):
             conn.send(conn.id, b"%d" % n * 1000)
             message = conn.recv()
-            assert early.read(message.offset, message.slice_size) == message.content
-            assert message.payload == b"%d" % n * 1000
+            assert early.read(message.offset, message.slice_size) == message.raw
+            assert message.data == b"%d" % n * 1000
             if n % 3:
                 conn.free(message.offset)
         early.unmap()
@@ -85,7 +85,7 @@ def test_a_pool_may_be_mapped_executable(bus: Bus) -> None:
         conn.send(conn.id, b"foobar")
         message = conn.recv()
         mapping = Mapping(conn.fd, conn.pool_size, mmap.PROT_READ | mmap.PROT_EXEC)
-        assert mapping.read(message.offset, message.slice_size) == message.content
+        assert mapping.read(message.offset, message.slice_size) == message.raw
         mapping.unmap()
 
 
@@ -136,7 +136,7 @@ def test_a_private_writable_mapping_changes_nobodys_pool(bus: Bus) -> None:
         except PermissionError:
             return
         private.write(message.offset, b"\xff" * message.slice_size)
-        assert conn.pool.read(message.offset, message.slice_size) == message.content
+        assert conn.pool.read(message.offset, message.slice_size) == message.raw
         private.unmap()
 
 
@@ -157,7 +157,7 @@ def test_a_client_that_scribbles_over_its_pool_hurts_only_itself(bus: Bus) -> No
         with fails(errno.EAGAIN):
             conn.recv()
         conn.send(conn.id, b"fresh")
-        assert conn.take().payload == b"fresh"
+        assert conn.take().data == b"fresh"
         mapping.unmap()
 
 
@@ -173,9 +173,9 @@ def test_a_pool_can_neither_be_cut_nor_punched(bus: Bus) -> None:
                 attempt()
             except OSError:
                 pass
-        assert conn.pool.read(message.offset, message.slice_size) == message.content
+        assert conn.pool.read(message.offset, message.slice_size) == message.raw
         conn.send(conn.id, b"again")
-        assert conn.take().payload == b"again"
+        assert conn.take().data == b"again"
 
 
 def test_a_mapping_outlives_the_bus_and_the_descriptor(mount: daemons.Mount) -> None:
@@ -184,17 +184,17 @@ def test_a_mapping_outlives_the_bus_and_the_descriptor(mount: daemons.Mount) -> 
     conn.send(conn.id, b"x" * 100_000)
     message = conn.recv()
     mapping = Mapping(conn.fd, conn.pool_size)
-    assert mapping.read(message.offset, message.slice_size) == message.content
+    assert mapping.read(message.offset, message.slice_size) == message.raw
     bus.close()
     with fails(errno.ECONNRESET):
         conn.recv()
-    assert mapping.read(message.offset, message.slice_size) == message.content
+    assert mapping.read(message.offset, message.slice_size) == message.raw
     # A dead connection can still be mapped.
     late = Mapping(conn.fd, conn.pool_size)
-    assert late.read(message.offset, message.slice_size) == message.content
+    assert late.read(message.offset, message.slice_size) == message.raw
     conn.close()
     for left in (mapping, late):
-        assert left.read(message.offset, message.slice_size) == message.content
+        assert left.read(message.offset, message.slice_size) == message.raw
         left.unmap()
 
 
@@ -242,7 +242,7 @@ def test_two_connections_never_share_a_pool(bus: Bus) -> None:
     for n, conn in enumerate(connections):
         conn.send(conn.id, b"pool %d" % n)
     for n, conn in enumerate(connections):
-        assert conn.recv().payload == b"pool %d" % n
+        assert conn.recv().data == b"pool %d" % n
     for conn in connections:
         conn.close()
 
@@ -252,7 +252,7 @@ def test_a_pools_size_may_be_anything_in_whole_pages(bus: Bus) -> None:
         with bus.connect(pool_size=size) as conn:
             payload = b"x" * min(size // 12, MIB)
             conn.send(conn.id, payload)
-            assert conn.take().payload == payload
+            assert conn.take().data == payload
     for size in (0, 1, PAGE - 1, PAGE + 1, 2 * PAGE + 8):
         with fails(errno.EINVAL):
             bus.connect(pool_size=size)
@@ -266,12 +266,12 @@ def test_a_mapping_is_inherited_by_fork(bus: Bus) -> None:
     with bus.connect() as conn:
         conn.send(conn.id, b"before")
         message = conn.recv()
-        assert message.payload == b"before"
+        assert message.data == b"before"
 
         def look(test: socket.socket) -> bytes:
             test.send(b"ready")
             test.recv(2)
-            return conn.recv().payload
+            return conn.recv().data
 
         with Child(look) as child:
             child.hear()
@@ -313,13 +313,13 @@ def test_pages_that_are_dropped_and_faulted_in_again_are_as_they_were(bus: Bus) 
                 data = chance.randbytes(chance.choice([10, 5000, 70_000]))
                 sender.send(conn.id, data)
                 message = conn.recv()
-                assert message.payload == data
+                assert message.data == data
                 held.append(message)
                 if len(held) > 5:
                     old = held.pop(chance.randrange(len(held)))
-                    assert conn.pool.read(old.offset, old.slice_size) == old.content
+                    assert conn.pool.read(old.offset, old.slice_size) == old.raw
                     conn.free(old.offset)
             child.result()
             for message in held:
                 os.posix_fadvise(conn.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                assert conn.pool.read(message.offset, message.slice_size) == message.content
+                assert conn.pool.read(message.offset, message.slice_size) == message.raw

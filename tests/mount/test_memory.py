@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from abi_client.building import POOL_SIZE, bloom
 from kdbusfs.abi import structs
 from kdbusfs.abi.items import build, build_string
 from kdbusfs.abi.numbers import (
@@ -25,14 +26,12 @@ from kdbusfs.abi.numbers import (
 from kdbusfs.abi.structs import U64
 from mount.raw import (
     PAGE,
-    POOL_SIZE,
     Bus,
     Connection,
     File,
     Mapping,
     Memory,
     Vec,
-    bloom,
     bus_items,
     execute,
     fails,
@@ -129,7 +128,7 @@ def test_an_argument_may_end_with_its_page(conn: Connection, edge: Mapping) -> N
     command = structs.CMD_SEND.pack(56, 0, 0, put(edge, message), 0, 0, 0)
     execute(conn.fd, Command.SEND, command)
     del kept
-    assert conn.take().payload == b"at the edge"
+    assert conn.take().data == b"at the edge"
 
 
 def test_items_that_run_off_the_page_are_efault(conn: Connection, edge: Mapping) -> None:
@@ -168,7 +167,7 @@ def test_the_effect_of_a_command_stands_when_its_result_cannot_be_stored(
     mapping.protect(READ)
     with fails(errno.EFAULT):
         ioctl(conn.fd, Command.RECV, mapping.address)
-    assert conn.take().payload == b"next"
+    assert conn.take().data == b"next"
     # Its slice was handed out all the same, at the pool's start.
     conn.free(0)
     mapping.unmap()
@@ -272,7 +271,7 @@ def test_chance_finds_no_argument_that_hurts(bus: Bus, conn: Connection) -> None
             assert result not in ("EIO", "ENOSYS", "ENODEV")
         conn.drain()
         other.send(conn.id, b"still fine")
-        assert conn.take().payload == b"still fine"
+        assert conn.take().data == b"still fine"
 
 
 # --- messages and payloads
@@ -333,7 +332,7 @@ def test_a_payload_with_a_hole_is_efault(bus: Bus, conn: Connection) -> None:
             with fails(errno.EFAULT):
                 sender.send(conn.id, Vec(address, size))
         sender.send(conn.id, Vec(mapping.address, 2 * PAGE), Vec(mapping.address + 3 * PAGE, PAGE))
-        assert conn.take().payload == bytes(3 * PAGE)
+        assert conn.take().data == bytes(3 * PAGE)
     mapping.unmap(0, 2 * PAGE)
     mapping.unmap(3 * PAGE)
 
@@ -351,7 +350,7 @@ def test_hundreds_of_parts_arrive_in_order_and_one_that_is_not_there_is_efault(
     )
     with bus.connect() as sender:
         sender.send(conn.id, *parts)
-        assert conn.take().payload == expected
+        assert conn.take().data == expected
         for bad in (0, 63, 64, 300, 499):
             with fails(errno.EFAULT):
                 sender.send(conn.id, *parts[:bad], Vec(WILD[0], 8), *parts[bad + 1 :])
@@ -366,7 +365,7 @@ def test_a_payload_that_nobody_may_read_is_efault(conn: Connection) -> None:
         conn.send(conn.id, Vec(mapping.address, 8))
     mapping.protect(READ)
     conn.send(conn.id, Vec(mapping.address, 8))
-    assert conn.take().payload == bytes(8)
+    assert conn.take().data == bytes(8)
     mapping.unmap()
 
 
@@ -389,7 +388,7 @@ def test_payload_is_read_when_it_is_sent(conn: Connection) -> None:
     conn.send(conn.id, Vec(mapping.address, 11))
     mapping.write(0, b"later words")
     mapping.unmap()
-    assert conn.take().payload == b"at the time"
+    assert conn.take().data == b"at the time"
 
 
 def test_items_may_come_without_their_last_padding(conn: Connection) -> None:
@@ -453,7 +452,7 @@ def test_what_changes_while_it_is_read_hurts_nobody(
     assert sum(counts.values()) == rounds
     assert counts.keys() <= possible
     conn.send(conn.id, b"still fine")
-    assert conn.take().payload == b"still fine"
+    assert conn.take().data == b"still fine"
 
 
 def test_secret_memory_is_out_of_reach(bus: Bus) -> None:
@@ -477,7 +476,7 @@ def test_secret_memory_is_out_of_reach(bus: Bus) -> None:
             conn.recv()
         # What is copied elsewhere before goes well.
         conn.send(conn.id, ctypes.string_at(at, 3))
-        assert conn.recv().payload == content[:3]
+        assert conn.recv().data == content[:3]
     libc.munmap(at, PAGE)
     for fd in (secret, read, write):
         os.close(fd)

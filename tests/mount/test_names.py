@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
+from abi_client.building import BLOOM_SIZE, bloom
+from abi_client.received import Received
 from kdbusfs.abi import structs
 from kdbusfs.abi.items import build, build_string
 from kdbusfs.abi.numbers import (
@@ -20,7 +22,7 @@ from kdbusfs.abi.numbers import (
 )
 from kdbusfs.abi.structs import U64, U64x2
 from mount.processes import Child
-from mount.raw import BLOOM_SIZE, Bus, Connection, Received, bloom, fails
+from mount.raw import Bus, Connection, fails
 
 pytestmark = pytest.mark.one_pool
 
@@ -93,7 +95,7 @@ def test_the_name_of_a_killed_process_passes_to_the_next_in_queue(bus: Bus) -> N
         watcher.wait()
         assert changes(watcher) == [("NAME_CHANGE", id_, 0x20, heir.id, 0x24)]
         watcher.send(0, b"to the heir", name=NAME)
-        assert heir.take().payload == b"to the heir"
+        assert heir.take().data == b"to the heir"
 
 
 def test_messages_follow_a_name_to_its_implementer_and_back(bus: Bus) -> None:
@@ -102,7 +104,7 @@ def test_messages_follow_a_name_to_its_implementer_and_back(bus: Bus) -> None:
     def implement(test: socket.socket) -> list[bytes]:
         with bus.connect() as conn:
             assert conn.acquire(NAME) & NameFlag.ACQUIRED
-            first = [m.payload for m in conn.drain()]
+            first = [m.data for m in conn.drain()]
             test.send(b"ready")
             signal.pause()
             return first
@@ -123,7 +125,7 @@ def test_messages_follow_a_name_to_its_implementer_and_back(bus: Bus) -> None:
                 activator.recv()
             sender.send(0, b"unread when it dies", name=NAME)
             service.kill()
-        assert activator.take().payload == b"unread when it dies"
+        assert activator.take().data == b"unread when it dies"
 
 
 def test_a_migrated_message_is_the_same_in_another_pool(bus: Bus) -> None:
@@ -139,10 +141,10 @@ def test_a_migrated_message_is_the_same_in_another_pool(bus: Bus) -> None:
             service.acquire(NAME)
             service.take()
             moved = service.take()
-            assert moved.content == peeked.content
-            assert moved.payload == b"x" * 5000
+            assert moved.raw == peeked.raw
+            assert moved.data == b"x" * 5000
             service.reply(moved, b"answered by another one")
-        assert sender.take().payload == b"answered by another one"
+        assert sender.take().data == b"answered by another one"
 
 
 def test_list_tells_who_has_what(bus: Bus) -> None:
@@ -183,7 +185,7 @@ def rule(type_: int, payload: bytes) -> bytes:
 
 
 def heard(conn: Connection) -> list[bytes]:
-    return [message.payload for message in conn.drain()]
+    return [message.data for message in conn.drain()]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_monitors_see_everything_and_nobody_sees_them(bus: Bus) -> None:
             a.broadcast(b"broadcast")
             a.acquire(NAME)
             seen: list[Received] = monitor.drain()
-            assert [m.payload for m in seen[:3]] == [b"unicast", b"dropped", b"broadcast"]
+            assert [m.data for m in seen[:3]] == [b"unicast", b"dropped", b"broadcast"]
             assert [m.types[0] for m in seen[3:]] == [ItemType.NAME_ADD]
             with fails(errno.ENXIO):
                 a.send(monitor.id)

@@ -7,10 +7,11 @@ import struct
 from collections.abc import Callable
 
 import daemons
+from abi_client.received import Received
 from kdbusfs.abi.numbers import AttachFlag
 from kdbusfs.abi.structs import U64
 from mount.processes import Child
-from mount.raw import MIB, Bus, Received, succeeds
+from mount.raw import MIB, Bus, succeeds
 
 N_SENDERS, N_RECEIVERS, N_ROUNDS = 5, 4, 60
 
@@ -21,7 +22,7 @@ Seen = tuple[int, int, bytes]
 def said(message: Received) -> bytes:
     """The payload, or of a notification all that it tells."""
     if message.src_id:
-        return message.payload
+        return message.data
     type_, payload = message.items[0]
     return struct.pack("=Q", type_) + payload
 
@@ -39,9 +40,9 @@ def receive(bus: Bus, test: socket.socket) -> tuple[list[Seen], int]:
             result = conn.recv_raw()
             offset, size = result.u64(40), result.u64(48)
             lost += result.u64(32)
-            message = Received(offset, size, 0, conn.pool.read(offset, size))
+            message = Received(offset, conn.pool.read(offset, size))
             conn.free(offset)
-            n_left -= message.payload == b"done"
+            n_left -= message.data == b"done"
             seen.append((message.seqnum, message.src_id, said(message)))
     return seen, lost
 
@@ -120,7 +121,7 @@ def test_a_message_is_there_when_send_returns(bus: Bus) -> None:
     with bus.connect() as a, bus.connect() as b:
         for n in range(300):
             a.send(b.id, b"%d" % n)
-            assert b.recv().payload == b"%d" % n
+            assert b.recv().data == b"%d" % n
             b.free(0)
 
 

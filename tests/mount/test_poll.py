@@ -281,7 +281,7 @@ def test_a_closed_file_leaves_the_epoll(bus: Bus) -> None:
         gone.close()
         assert epoll.poll(0) == []
         conn.send(conn.id, b"x")
-        assert conn.take().payload == b"x"
+        assert conn.take().data == b"x"
 
 
 def test_polls_and_messages_from_many_sides_at_once(bus: Bus) -> None:
@@ -306,4 +306,4 @@ def test_a_request_that_is_timed_out_long_ago_is_polled_for_at_once(bus: Bus) ->
     with bus.connect() as conn, bus.connect() as target:
         conn.send(target.id, flags=MsgFlag.EXPECT_REPLY, last=1, cookie=7)
         message = conn.take()
-        assert (message.types[0], message.last) == (ItemType.REPLY_TIMEOUT, 7)
+        assert (message.types[0], message.cookie_reply) == (ItemType.REPLY_TIMEOUT, 7)

@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from abi_client.building import Memfd, bloom
 from kdbusfs.abi import structs
 from kdbusfs.abi.items import build, build_string
 from kdbusfs.abi.numbers import (
@@ -25,10 +26,8 @@ from mount.raw import (
     PAGE,
     Bus,
     Connection,
-    Memfd,
     Memory,
     Vec,
-    bloom,
     execute,
     fails,
     make_message,
@@ -46,7 +45,7 @@ def test_a_message_lies_in_the_pool_byte_for_byte(bus: Bus) -> None:
             *(96, 0, -5, receiver.id, sender.id, PayloadType.DBUS, 0x1234, 0)
         )
         expected += structs.ITEM_HEADER.pack(32, ItemType.PAYLOAD_OFF) + structs.VEC.pack(6, 96)
-        assert message.content == expected + b"foobar\0\0"
+        assert message.raw == expected + b"foobar\0\0"
         assert message.slice_size == 104
 
 
@@ -62,10 +61,10 @@ def test_pieces_are_packed_and_nothing_shifts_their_alignment(bus: Bus) -> None:
         assert offs == [(131075, 200), (5, OFFSET_NONE), (13, 131280)]
         assert message.types == [ItemType.PAYLOAD_OFF] * 3 + [ItemType.PAYLOAD_MEMFD]
         assert message.slice_size == 131296
-        assert message.content[200 : 200 + 131075] == data
-        assert message.content[131275:131280] == bytes(5)
-        assert message.content[131280:131293] == tail
-        assert message.content[131293:] == bytes(3)
+        assert message.raw[200 : 200 + 131075] == data
+        assert message.raw[131275:131280] == bytes(5)
+        assert message.raw[131280:131293] == tail
+        assert message.raw[131293:] == bytes(3)
         message.close_fds()
     os.close(fd)
 
@@ -99,7 +98,7 @@ def test_items_and_metadata_follow_in_order_with_sizes_that_tell(bus: Bus) -> No
         user = 64 + len(name) + 32
         metadata = 16 + 64 + align8(16 + 8 + 19) + 16 + 24
         assert message.size == user + metadata
-        assert message.payload == b"x" * 11
+        assert message.data == b"x" * 11
         assert structs.VEC.unpack(message.one(ItemType.PAYLOAD_OFF))[1] == message.size
         assert message.slice_size == message.size + 16
 
@@ -135,7 +134,7 @@ def test_payload_of_any_size_arrives_whole(bus: Bus, size: int) -> None:
         sender.send(receiver.id, data)
         first, message = receiver.recv(), receiver.recv()
         assert message.offset == first.slice_size
-        assert message.payload == data
+        assert message.data == data
         assert message.offset % 8 == message.slice_size % 8 == 0
 
 
@@ -146,7 +145,7 @@ def test_payload_of_several_mebibytes_in_many_pieces_arrives_whole(bus: Bus) -> 
         total = hashlib.sha256(b"".join(pieces)).digest()
         conn.send(conn.id, *pieces)
         message = conn.recv()
-        assert hashlib.sha256(message.payload).digest() == total
+        assert hashlib.sha256(message.data).digest() == total
         assert len(message.all(ItemType.PAYLOAD_OFF)) == 120
 
 
@@ -158,7 +157,7 @@ def test_a_piece_must_not_exceed_two_mebibytes(bus: Bus) -> None:
         with fails(errno.EMSGSIZE):
             conn.send(conn.id, Vec(0, 2 * MIB + 1))
         conn.send(conn.id, *[Vec(data.address, 2 * MIB)] * 4)
-        assert len(conn.take().payload) == 8 * MIB
+        assert len(conn.take().data) == 8 * MIB
 
 
 # --- FREE
@@ -204,7 +203,7 @@ def test_freed_room_is_used_again_from_its_start(bus: Bus) -> None:
         assert conn.recv().offset == 104
         # What was freed stays as it was, until it is used again.
         conn.free(messages[5].offset)
-        assert conn.pool.read(messages[5].offset, 104) == messages[5].content
+        assert conn.pool.read(messages[5].offset, 104) == messages[5].raw
 
 
 def test_a_stale_offset_shows_the_next_result(bus: Bus) -> None:
@@ -249,7 +248,7 @@ def test_slices_never_overlap_whatever_the_order(bus: Bus) -> None:
                 continue
             message = conn.recv()
             assert message.offset not in held
-            held[message.offset] = message.content
+            held[message.offset] = message.raw
         for offset, content in held.items():
             assert conn.pool.read(offset, len(content)) == content
             conn.free(offset)
@@ -266,13 +265,13 @@ def test_peek_shows_without_taking(bus: Bus) -> None:
         conn.send(conn.id, b"two")
         for _ in range(3):
             message = conn.recv(RecvFlag.PEEK)
-            assert (message.offset, message.payload) == (0, b"one")
+            assert (message.offset, message.data) == (0, b"one")
         # Freeing what was peeked at gives up our hold, not the message.
         conn.free(0)
         with fails(errno.ENXIO):
             conn.free(0)
-        assert conn.recv(RecvFlag.PEEK).payload == b"one"
-        assert [conn.take().payload, conn.take().payload] == [b"one", b"two"]
+        assert conn.recv(RecvFlag.PEEK).data == b"one"
+        assert [conn.take().data, conn.take().data] == [b"one", b"two"]
 
 
 def test_drop_takes_without_showing(bus: Bus) -> None:
@@ -298,15 +297,15 @@ def test_the_lowest_priority_comes_first_if_asked_for(bus: Bus) -> None:
         use = RecvFlag.USE_PRIORITY
         with fails(errno.EAGAIN):
             conn.recv(use, priority=-4)
-        assert conn.recv(use | RecvFlag.PEEK, priority=0).payload == b"1"
-        assert conn.recv(use, priority=0).payload == b"1"
-        assert conn.recv(use, priority=0).payload == b"3"
-        assert conn.recv(use, priority=4).payload == b"2"
+        assert conn.recv(use | RecvFlag.PEEK, priority=0).data == b"1"
+        assert conn.recv(use, priority=0).data == b"1"
+        assert conn.recv(use, priority=0).data == b"3"
+        assert conn.recv(use, priority=4).data == b"2"
         with fails(errno.EAGAIN):
             conn.recv(use, priority=4)
         # Without the flag, in order of arrival; the value is ignored.
-        assert conn.recv(0, priority=-100).payload == b"0"
-        assert conn.recv(use, priority=(1 << 63) - 1).payload == b"4"
+        assert conn.recv(0, priority=-100).data == b"0"
+        assert conn.recv(use, priority=(1 << 63) - 1).data == b"4"
 
 
 def test_recv_without_a_message_says_so_at_once(bus: Bus) -> None:
@@ -320,7 +319,7 @@ def test_a_connection_can_talk_to_itself(bus: Bus) -> None:
     with bus.connect() as conn:
         for n in range(10):
             conn.send(conn.id, b"%d" % n)
-        assert [m.payload for m in conn.drain()] == [b"%d" % n for n in range(10)]
+        assert [m.data for m in conn.drain()] == [b"%d" % n for n in range(10)]
 
 
 def test_signals_keep_their_filter_and_requests_their_deadline(bus: Bus) -> None:
@@ -332,7 +331,7 @@ def test_signals_keep_their_filter_and_requests_their_deadline(bus: Bus) -> None
         assert signal.one(ItemType.BLOOM_FILTER) == U64.pack(3) + b"\xaa" * 64
         conn.send(conn.id, flags=MsgFlag.EXPECT_REPLY, last=1 << 62, cookie=9)
         request = conn.take()
-        assert (request.flags, request.last, request.cookie) == (1, 1 << 62, 9)
+        assert (request.flags, request.cookie_reply, request.cookie) == (1, 1 << 62, 9)
 
 
 def test_the_errors_of_a_message_come_in_their_order(bus: Bus) -> None:
@@ -376,7 +375,7 @@ def test_the_errors_of_a_message_come_in_their_order(bus: Bus) -> None:
             conn.send(me + 1000, name="com.example.me")
         conn.send(me, b"both", name="com.example.me")
         conn.send(me, b"own id", src_id=me)
-        assert [m.payload for m in conn.drain()] == [b"both", b"own id"]
+        assert [m.data for m in conn.drain()] == [b"both", b"own id"]
 
 
 def test_results_of_list_lie_one_behind_the_other(bus: Bus) -> None:
@@ -402,6 +401,6 @@ def test_connections_of_one_process_do_not_mix_their_pools(bus: Bus) -> None:
         conn = chance.choice(connections)
         text = b"%d %d" % (conn.id, chance.randrange(1 << 30))
         chance.choice(connections).send(conn.id, text)
-        assert conn.take().payload == text
+        assert conn.take().data == text
     for conn in connections:
         conn.close()

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 import kdbus
+from abi_client.building import Memfd
 from kdbusfs.abi.items import build
 from kdbusfs.abi.numbers import ItemType
 from kdbusfs.abi.structs import I32
-from mount.raw import Bus, Connection, Memfd, fails, outcome, succeeds
+from mount.raw import Bus, Connection, fails, outcome, succeeds
 
 TIMES = 40
 

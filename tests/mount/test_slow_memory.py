@@ -78,7 +78,7 @@ def exchange(sender: Connection, receiver: Connection, rounds: int = 20) -> None
     for cookie in range(1, rounds + 1):
         sender.send(receiver.id, b"%d" % cookie, cookie=cookie)
         message = receiver.take()
-        assert message.payload == b"%d" % cookie
+        assert message.data == b"%d" % cookie
 
 
 def test_others_go_on_while_a_payload_does_not_fault_in(bus: Bus) -> None:
@@ -88,7 +88,7 @@ def test_others_go_on_while_a_payload_does_not_fault_in(bus: Bus) -> None:
         assert stuck.is_alive()
         pages.spring()
         assert stuck.end() == 0
-        assert target.take().payload == bytes(PAGE)
+        assert target.take().data == bytes(PAGE)
         exchange(other, target)
 
 
@@ -100,7 +100,7 @@ def test_many_stuck_callers_do_not_add_up(bus: Bus) -> None:
         assert all(thread.is_alive() for thread in stuck)
         pages.spring()
         assert [thread.end() for thread in stuck] == [0] * 5
-        assert sorted(receiver.take().payload for _ in stuck) == [bytes(PAGE)] * 5
+        assert sorted(receiver.take().data for _ in stuck) == [bytes(PAGE)] * 5
         for connection in slow:
             connection.close()
 
@@ -128,7 +128,7 @@ def test_each_part_of_a_payload_may_take_its_time(bus: Bus) -> None:
         second.spring()
         thread.join(daemons.DEADLINE_SECONDS)
         assert results == [0]
-        assert target.take().payload == bytes(2 * PAGE)
+        assert target.take().data == bytes(2 * PAGE)
         exchange(slow, target)
 
 
@@ -158,5 +158,5 @@ def test_a_pool_that_was_never_touched_can_be_sent_from(bus: Bus) -> None:
     with bus.connect(pool_size=MIB) as sender, bus.connect(pool_size=4 * MIB) as receiver:
         sender.send(receiver.id, Vec(sender.pool.address + MIB // 2, 100_000))
         message = receiver.take()
-        assert message.payload == bytes(100_000)
+        assert message.data == bytes(100_000)
         exchange(sender, receiver)

@@ -80,7 +80,7 @@ def test_a_signal_that_comes_while_the_payload_stalls_ends_the_wait(bus: Bus) ->
             caller.say()
             assert caller.result() == "EINTR"
         # The request itself has gone out.
-        assert [request.payload for request in target.drain()] == [bytes(PAGE)]
+        assert [request.data for request in target.drain()] == [bytes(PAGE)]
         exchange(other, target)
 
 
@@ -250,7 +250,7 @@ def test_what_was_received_can_be_sent_on_from_where_it_lies(bus: Bus) -> None:
                 result = bytes(proxy.recv_raw())
                 offset, size, _ = structs.MSG_INFO.unpack_from(result, 40)
                 proxy.send(receiver.id, Vec(proxy.pool.address + offset, size))
-                assert data in receiver.take().payload
+                assert data in receiver.take().data
 
 
 class Torture:

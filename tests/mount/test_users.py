@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 import daemons
+from abi_client.building import bloom
 from kdbusfs.abi import structs
 from kdbusfs.abi.items import build, build_string
 from kdbusfs.abi.numbers import (
@@ -23,7 +24,7 @@ from kdbusfs.abi.numbers import (
     PolicyType,
 )
 from mount.processes import Child, become
-from mount.raw import MIB, Bus, Connection, bloom, fails, outcome, succeeds
+from mount.raw import MIB, Bus, Connection, fails, outcome, succeeds
 
 pytestmark = pytest.mark.one_pool
 
@@ -116,7 +117,7 @@ def test_a_user_who_floods_keeps_nobody_else_out(
             assert child.result() == "0"
     # What the flooder left behind is still there, and so is the others' mail, in order.
     messages = service.drain()
-    assert [m.payload for m in messages[most:]] == [b"let me in"] * 2
+    assert [m.data for m in messages[most:]] == [b"let me in"] * 2
     assert len(messages) == most + 2
     # Room that was given back can be used again.
     with Child(lambda _: flood(root_fd, bus, size), uid=ALICE) as alice:
@@ -190,7 +191,7 @@ def test_users_who_share_no_name_may_not_talk(bus: Bus, root_fd: int) -> None:
         with Connection(f"{bus.name}/bus", dir_fd=root_fd) as conn:
             test.send(conn.id.to_bytes(8, "little"))
             test.recv(2)
-            return [m.payload for m in conn.drain()]
+            return [m.data for m in conn.drain()]
 
     def talk(to: int) -> str:
         with Connection(f"{bus.name}/bus", dir_fd=root_fd) as conn:
@@ -251,7 +252,7 @@ def test_the_senders_rights_are_those_of_the_caller_now(bus: Bus, root_fd: int) 
             assert bob.result() == "EPERM"
         with Child(as_alice) as child:
             assert child.result() == "sent"
-        assert [m.payload for m in friend.drain()] == [b"!"]
+        assert [m.data for m in friend.drain()] == [b"!"]
     alice.close()
 
 
@@ -263,7 +264,7 @@ def test_rights_of_the_owner_are_those_at_open(bus: Bus, root_fd: int) -> None:
             # Opened as root: it may do what the owner of the bus may.
             assert conn.acquire(SERVICE) & NameFlag.ACQUIRED
             conn.send(target.id, b"as the owner")
-            assert target.take().payload == b"as the owner"
+            assert target.take().data == b"as the owner"
         return "fine"
 
     with Child(own) as child:
@@ -292,7 +293,7 @@ def test_broadcasts_reach_those_who_may_talk_to_their_sender(bus: Bus, root_fd: 
             conn.match()
             test.send(b"ready")
             test.recv(2)
-            return [m.payload for m in conn.drain() if m.src_id]
+            return [m.data for m in conn.drain() if m.src_id]
 
     def shout(_: socket.socket) -> None:
         with Connection(f"{bus.name}/bus", dir_fd=root_fd) as conn:

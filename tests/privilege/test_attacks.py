@@ -43,6 +43,7 @@ from pathlib import Path
 import pytest
 
 import daemons
+from abi_client.building import Memfd
 from kdbusfs import mount as mounting
 from kdbusfs.abi.items import build
 from kdbusfs.abi.numbers import (
@@ -65,7 +66,6 @@ from mount.raw import (
     Connection,
     File,
     Mapping,
-    Memfd,
     Memory,
     fails,
     libc,
@@ -99,7 +99,7 @@ def _bystand(endpoint: str) -> float:
         one.send(two.id, b"hello", fds=[write])
         os.close(write)
         message = two.take()
-        assert message.payload == b"hello"
+        assert message.data == b"hello"
         message.close_fds()
         # All copies of the pipe's end are closed: the daemon's, too.
         assert os.read(read, 1) == b""
@@ -339,13 +339,13 @@ def test_a_root_directory_with_a_path_longer_than_any_buffer(bus: Bus, person: N
         alice.run(_go_deep, top)
         sender.send(receiver.id, b"from below")
         message = receiver.take()
-        assert message.payload == b"from below"
+        assert message.data == b"from below"
         assert ItemType.EXE not in message.types
         assert ItemType.PIDS in message.types
         # One that says HELLO from there is no less a connection.
         inside = alice.make(_hello_on, opened.get("fd"))
         inside.send(receiver.id, b"too")
-        assert receiver.take().payload == b"too"
+        assert receiver.take().data == b"too"
     finally:
         alice.end()
         subprocess.run(["rm", "-r", top], check=True)
@@ -1007,7 +1007,7 @@ def _send_while_changing(endpoint: str, n: int) -> set[str]:
                     outcomes.add("sent")
                     received = connection.take()
                     assert received.size <= received.slice_size
-                    assert received.payload in (b"payload " * 4 + b"more", b"more", b"", content)
+                    assert received.data in (b"payload " * 4 + b"more", b"more", b"", content)
         finally:
             done.set()
             thread.join()

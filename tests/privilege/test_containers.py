@@ -14,6 +14,7 @@ import pytest
 
 import daemons
 import kdbus
+from abi_client.building import Memfd
 from kdbusfs.abi.items import build, build_string
 from kdbusfs.abi.numbers import (
     ATTACH_ALL,
@@ -23,7 +24,7 @@ from kdbusfs.abi.numbers import (
     MakeFlag,
 )
 from kdbusfs.abi.structs import ID_CHANGE, U64
-from mount.raw import PAGE, Bus, Connection, File, Mapping, Memfd, fails, sealed_memfd
+from mount.raw import PAGE, Bus, Connection, File, Mapping, fails, sealed_memfd
 from privilege.conftest import NewPerson
 from privilege.people import (
     CAP_IPC_OWNER,
@@ -111,7 +112,7 @@ def _pass_descriptors(sender: Connection, receiver: Connection) -> str:
     memfd = sealed_memfd(b"sealed")
     sender.send(receiver.id, b"with descriptors", Memfd(memfd, 6), fds=[read, write])
     message = receiver.take()
-    assert (message.payload, message.return_flags) == (b"with descriptors", 0)
+    assert (message.data, message.msg_return_flags) == (b"with descriptors", 0)
     assert {ItemType.CREDS, ItemType.PIDS, ItemType.TIMESTAMP} <= set(message.types)
     (inner_read, inner_write), (inner_memfd,) = message.fds, message.memfds
     os.write(inner_write, b"through")
@@ -132,7 +133,7 @@ def _call(caller: Connection, callee: Connection) -> str:
     thread.start()
     reply = caller.call(callee.id, b"ping", cookie=77)
     thread.join()
-    assert reply.payload == b"pong"
+    assert reply.data == b"pong"
     caller.free(reply.offset)
     return "synchronous SEND"
 
@@ -223,7 +224,7 @@ def test_descriptors_pass_between_a_container_and_outside(
         outer.request(inner.id, b"take this", fds=[read], cookie=5)
         os.close(read)
         request = inner.take()
-        assert request.return_flags == 0
+        assert request.msg_return_flags == 0
         os.write(write, b"from outside")
         assert inmate.run(os.read, request.fds[0], 100) == b"from outside"
         os.close(write)
@@ -324,24 +325,24 @@ def talk_on_one_inode(path: str) -> bool:
             for sender, to in ((first, second), (second, first)):
                 sender.send(to.id, b"%d to %d, %d" % (sender.id, to.id, n))
                 kept.append((to, to.recv()))
-                assert kept[-1][1].payload == b"%d to %d, %d" % (sender.id, to.id, n)
+                assert kept[-1][1].data == b"%d to %d, %d" % (sender.id, to.id, n)
         spans = sorted((m.offset, m.offset + m.slice_size) for _, m in kept)
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
         assert all(m.offset + m.slice_size <= to.pool_size for to, m in kept)
         for to, m in kept:
-            assert to.pool.read(m.offset, m.slice_size) == m.content
+            assert to.pool.read(m.offset, m.slice_size) == m.raw
             # What is told to one is not the other's to free.
             with fails(ENXIO):
                 (second if to is first else first).free(m.offset)
         first.close()
         for m in [m for to, m in kept if to is second]:
-            assert second.pool.read(m.offset, m.slice_size) == m.content
+            assert second.pool.read(m.offset, m.slice_size) == m.raw
             second.free(m.offset)
         second.send(second.id, b"x" * 5000)
-        assert second.take().payload == b"x" * 5000
+        assert second.take().data == b"x" * 5000
         with Connection(path) as third:
             third.send(second.id, b"from a third")
-            assert second.take().payload == b"from a third"
+            assert second.take().data == b"from a third"
     return True
 
 
@@ -356,7 +357,7 @@ def ask_for_more(path: str) -> bool:
             Connection(path, pool_size=8 * PAGE)
         with Connection(path, pool_size=4 * PAGE) as second:
             second.send(first.id, b"still there")
-            return first.take().payload == b"still there"
+            return first.take().data == b"still there"
 
 
 def test_the_pool_of_an_inode_stays_while_any_of_its_files_is_open(
@@ -371,7 +372,7 @@ def say_hello_late(path: str) -> bool:
         Connection(path).close()
         with Connection(f"/proc/self/fd/{late.fd}", pool_size=4 * PAGE) as connection:
             connection.send(connection.id, b"y" * 100)
-            return connection.take().payload == b"y" * 100
+            return connection.take().data == b"y" * 100
 
 
 def test_others_get_no_connection_on_an_inode_that_is_open(
@@ -401,7 +402,7 @@ def test_others_get_no_connection_on_an_inode_that_is_open(
 def tour_alone(path: str) -> bool:
     with Connection(path) as connection:
         connection.send(connection.id, b"to myself")
-        return connection.take().payload == b"to myself"
+        return connection.take().data == b"to myself"
 
 
 def test_a_file_that_is_opened_again_shows_nothing_of_the_pool_before(

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 import daemons
+from abi_client.received import Info, Received
 from kdbusfs.abi.items import build
 from kdbusfs.abi.numbers import ATTACH_ALL, AttachFlag, Command, ItemType, MakeFlag
 from kdbusfs.abi.structs import AUDIT, CREDS, PIDS, U32, U64
-from mount.raw import Bus, Connection, Info, Received, fails
+from mount.raw import Bus, Connection, fails
 from privilege.conftest import NewPerson
 from privilege.people import (
     CLONE_NEWNS,

@@ -4,17 +4,13 @@
 import struct
 from collections.abc import Iterable
 
-from kdbusfs.abi.items import build
+from abi_client.building import item, u64
 from kdbusfs.abi.numbers import EXCHANGE_MASK, ExchangeFlag, ExtensionCommand, ExtensionItemType
 from kdbusfs.abi.structs import align8
 
 WAIT, CALL = ExchangeFlag.WAIT, ExchangeFlag.CALL
 NEVER = (1 << 64) - 1
 HEAD = 72
-
-
-def u64(*numbers: int) -> bytes:
-    return struct.pack(f"={len(numbers)}Q", *numbers)
 
 
 def block(
@@ -57,7 +53,7 @@ def block(
 
 def inline(size: int, offset: int) -> bytes:
     """The item of a message whose payload is at *offset* of the block."""
-    return build(ExtensionItemType.PAYLOAD_INLINE, u64(size, offset))
+    return item(ExtensionItemType.PAYLOAD_INLINE, u64(size, offset))
 
 
 def code(argument: bytes) -> int:
