@@ -440,16 +440,21 @@ def test_a_call_ends_with_its_target(pair: tuple[Client, Client]) -> None:
 # --- turns
 
 
-def test_a_block_that_takes_long_lets_others_go_first(pair: tuple[Client, Client]) -> None:
-    client, server = pair
+def slow_down(client: Client, ns: int) -> None:
+    """Let so much time pass with each look at the clock."""
     clock = client.domain.clock
     monotonic_ns = clock.monotonic_ns
 
     def slowly() -> int:
-        clock.now += 600_000
+        clock.now += ns
         return monotonic_ns()
 
     clock.monotonic_ns = slowly  # type: ignore[method-assign]
+
+
+def test_a_block_that_takes_long_lets_others_go_first(pair: tuple[Client, Client]) -> None:
+    client, server = pair
+    slow_down(client, 600_000)
     waits = start(client, block([to(server, b"%d" % n) for n in range(10)]))
     n_turns = 0
     while waits.waiting:
@@ -462,6 +467,17 @@ def test_a_block_that_takes_long_lets_others_go_first(pair: tuple[Client, Client
     received = exchange(server, n_recv=64).data
     assert [m for m in received if m != b"between"] == [b"%d" % n for n in range(10)]
     assert received[-1] != b"between"
+
+
+def test_a_message_that_takes_long_is_the_only_one_of_its_turn(pair: tuple[Client, Client]) -> None:
+    client, server = pair
+    slow_down(client, 1_100_000)
+    waits = start(client, block([to(server, b"%d" % n) for n in range(10)]))
+    n_turns = 1
+    while waits.waiting:
+        client.go_on(waits)
+        n_turns += 1
+    assert n_turns == 10
 
 
 def test_another_process_may_wait_on_a_connection(pair: tuple[Client, Client]) -> None:
