@@ -401,7 +401,7 @@ class Router:
         try:
             if opcode == _LOOKUP:
                 name = bytes(request[IN_HEADER_SIZE:-1])
-                body = self._tree.entry(nodeid, name)
+                body = self._tree.entry(nodeid, name, ids[0])
             else:
                 body = self._tree.attributes(nodeid)
         except FUSEError as failure:

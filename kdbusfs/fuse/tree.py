@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING
 
 import pyfuse3
 
+from ..abi.errors import CommandError
 from ..abi.items import Buffer
 from ..bus.node import Node
+from ..bus.shares import Share
 from . import wire
 from .wire import Ids
 
@@ -36,12 +38,15 @@ _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 _YEAR = 365 * 24 * 3600
 _CONTROL = "control"
 _ino = attrgetter("ino")
+_NODEIDS = 1 << 18
+_MOST_NODEIDS = 1 << 14
+"""Of a user: as many as it may have open, and as many bound or held by O_PATH descriptors."""
 
 
 class _Inode:
     """A nodeid the kernel knows, and how often it was told of it."""
 
-    __slots__ = ("has_pool", "n_lookups", "node", "size", "time_ns")
+    __slots__ = ("has_pool", "n_lookups", "node", "size", "time_ns", "uid")
 
     def __init__(self, node: Node, has_pool: bool) -> None:
         self.node = node
@@ -49,6 +54,13 @@ class _Inode:
         self.n_lookups = 0
         self.size = 0
         self.time_ns = time.time_ns()
+        self.uid: int | None = None
+        """Whose lookup it was made for, if that user is charged for it."""
+
+
+def _has_pool(node: Node) -> bool:
+    """Whether each open of *node* has a pool of its own: that of an endpoint."""
+    return stat.S_ISREG(node.mode) and node.name != _CONTROL
 
 
 def _time_to_keep(inode: _Inode) -> tuple[int, int]:
@@ -78,6 +90,9 @@ class Tree(pyfuse3.Operations):
         self._nodeids: dict[Node, set[int]] = {root: {pyfuse3.ROOT_INODE}}
         """What the kernel knows each node by: one nodeid for directories and the control file,
         which have no pool, one for each open of an endpoint."""
+        self._shares = Share("nodeids", errno.EMFILE, _NODEIDS, _MOST_NODEIDS)
+        """Those of endpoints that somebody has looked up: an O_PATH descriptor keeps one, and tells
+        us of no open."""
         self._last_nodeid = int(pyfuse3.ROOT_INODE)
         self._lock = threading.Lock()
         """Held while nodeids come and go: the router's thread tells and forgets them, and a listing
@@ -97,14 +112,21 @@ class Tree(pyfuse3.Operations):
         with self._lock:
             return next(iter(self._nodeids.get(node, ())), None)
 
-    def entry(self, parent: int, name: bytes) -> bytes:
-        """The answer to LOOKUP of *name* in the directory *parent*; FUSEError."""
+    def entry(self, parent: int, name: bytes, uid: int) -> bytes:
+        """The answer to LOOKUP of *name* in the directory *parent* by user *uid*; FUSEError."""
         directory = self._find(parent).node
         node = directory.children.get(name.decode(errors="replace")) if directory.alive else None
         if node is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         with self._lock:
+            if _has_pool(node):
+                try:
+                    self._shares.charge(uid, 1)
+                except CommandError as error:
+                    raise pyfuse3.FUSEError(error.errno) from None
             nodeid, inode = self._tell(node)
+            if inode.has_pool:
+                inode.uid = uid
         seconds, nanoseconds = _time_to_keep(inode)
         return wire.ENTRY_OUT.pack(nodeid, 0, 0, seconds, 0, nanoseconds, *_stat(inode))
 
@@ -141,6 +163,8 @@ class Tree(pyfuse3.Operations):
         inode.n_lookups -= n_lookups
         if inode.n_lookups <= 0:
             del self._inodes[nodeid]
+            if inode.uid is not None:
+                self._shares.discharge(inode.uid, 1)
             nodeids = self._nodeids[inode.node]
             nodeids.discard(nodeid)
             if not nodeids:
@@ -157,7 +181,7 @@ class Tree(pyfuse3.Operations):
     def _tell(self, node: Node) -> tuple[int, _Inode]:
         """The nodeid to tell for *node*, once more: of an endpoint, a new one each time."""
         nodeids = self._nodeids.setdefault(node, set())
-        has_pool = stat.S_ISREG(node.mode) and node.name != _CONTROL
+        has_pool = _has_pool(node)
         if has_pool or not nodeids:
             self._last_nodeid += 1
             nodeid = self._last_nodeid

@@ -673,6 +673,35 @@ def test_nobody_opens_control_without_end(
     person(ALICE).open("control")
 
 
+def test_nobody_holds_nodeids_without_end(bus: Bus, person: NewPerson) -> None:
+    """The daemon is told of no open: only of the lookup that came before."""
+    alice = person(ALICE)
+    assert alice.run(_open_paths, path(bus)) == (16384, EMFILE)
+    person(BOB).open(path(bus))
+    assert alive(bus, person)
+    alice.end()
+    daemons.wait_until(lambda: person(ALICE).run(_opens, path(bus)), "nodeids are left")
+
+
+def _open_paths(endpoint: str) -> tuple[int, int]:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    n = 0
+    try:
+        while True:
+            os.open(endpoint, os.O_PATH)
+            n += 1
+    except OSError as error:
+        return n, error.errno or 0
+
+
+def _opens(endpoint: str) -> bool:
+    try:
+        os.close(os.open(endpoint, os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
 def _open_control() -> tuple[int, int]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     n = 0
