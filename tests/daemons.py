@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -161,8 +162,15 @@ class MountNamespace:
         return Path(f"/proc/{self.pid}/root{path}")
 
     def mounts(self) -> list[str]:
-        """What is mounted in it: device, root, path, and everything of the filesystem."""
-        return sorted(line.split(" ", 2)[2] for line in mount_table(self.pid))
+        """What is mounted in it: device, root, path, and everything of the filesystem. Not what is
+        in the directory for temporary files: other tests mount there at the same time, and a
+        namespace that shares its mounts sees that."""
+        elsewhere = f"{tempfile.gettempdir()}/"
+        return sorted(
+            line.split(" ", 2)[2]
+            for line in mount_table(self.pid)
+            if not line.split(" ", 5)[4].startswith(elsewhere)
+        )
 
     def run(
         self, *command: str | Path, env: dict[str, str] | None = None
