@@ -8,7 +8,7 @@ that the tests stand on the ABI alone. `File.ioctl` does what the FUSE side does
 import errno as _errno
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from errno import EFAULT
 from typing import Any
 
@@ -16,23 +16,25 @@ import pytest
 
 from abi_client.building import (
     BLOOM_SIZE,
-    GARBAGE,
     POOL_SIZE,
-    bloom,
-    bloom_parameter,
     command,
     hello,
-    message,
-    name,
     send_command,
     text,
-    u64,
-    vec,
 )
-from abi_client.received import Info, Received, records
+from abi_client.received import Received
+from abi_client.verbs import (
+    SECOND,
+    ConnectionVerbs,
+    MakingConnections,
+    Sending,
+    Transport,
+    bus_items,
+)
 from bus.fakes import HOME_USERS, FakeClock, FakeMemory, FakePeer
+from kdbusfs.abi import structs
 from kdbusfs.abi.errors import CommandError, Fault, Stalled
-from kdbusfs.abi.numbers import ATTACH_ALL, ID_ANY, Command, HelloFlag, ItemType, MsgFlag, SendFlag
+from kdbusfs.abi.numbers import ATTACH_ALL, Command, ItemType, MsgFlag, SendFlag
 from kdbusfs.abi.specs import COMMAND_SPECS, find_command
 from kdbusfs.bus.bus import Bus as CoreBus
 from kdbusfs.bus.call import CONTINUE, PENDING, WAITS_AGAIN, Call
@@ -41,7 +43,6 @@ from kdbusfs.bus.handle import Handle
 from kdbusfs.bus.pool import Inode
 
 _DIRECTION_WRITE = 0x40000000
-SECOND = 1_000_000_000
 
 
 @contextmanager
@@ -115,7 +116,7 @@ class Pending:
         self.file.domain.finish()
 
 
-class File:
+class File(Transport):
     """An open file of a domain, used by a process."""
 
     def __init__(
@@ -133,20 +134,22 @@ class File:
         self.closed = False
         domain.files.append(self)
 
-    def ioctl(self, code: int, argument: bytes | int) -> bytes:
-        """Execute a command; returns its struct and items as they are afterwards. An int is the
-        address of an argument that lies in memory already."""
-        if isinstance(argument, int):
-            return self.issue(code, argument)
-        with self.peer.holding(argument) as address:
-            return self.issue(code, address, len(argument))
+    def holding(self, data: bytes) -> AbstractContextManager[int]:
+        return self.peer.holding(data)
 
-    def issue(self, code: int, address: int, size: int = 0) -> bytes:
-        pending = self.start(code, address)
-        assert not pending.waiting, "the command waits"
-        if pending.error:
-            raise CommandError(pending.error)
+    def read(self, address: int, size: int) -> bytes:
         return self.peer.read(address, size)
+
+    def execute(self, code: int, address: int) -> int:
+        error = self.start(code, address).error
+        assert error is not None, "the command waits"
+        return error
+
+    def failure(self, number: int) -> CommandError:
+        return CommandError(number)
+
+    def now(self) -> int:
+        return self.domain.clock.now
 
     def start(self, code: int, address: int) -> Pending:
         """Begin a command; it may have ended already."""
@@ -209,7 +212,6 @@ class File:
         return error
 
     def visible(self, offset: int, size: int) -> bytes:
-        """What the mapped pool shows."""
         memory = self.handle.connection.pool.memory
         return bytes(memory.visible[offset : offset + size])
 
@@ -250,8 +252,8 @@ class File:
         return self.ioctl(Command.HELLO, argument)
 
 
-class Client(File):
-    """A connection. Each command raises CommandError, or returns what is worth knowing."""
+class Client(File, Sending):
+    """A connection."""
 
     def __init__(
         self,
@@ -266,10 +268,7 @@ class Client(File):
         peer = peer if peer is not None else FakePeer(bus.owner.who.euid)
         super().__init__(bus.domain, f"{bus.name}/{endpoint}", peer, inode=inode)
         self.bus = bus
-        self.said = self.hello(*items, **options)
-        self.id, self.pool_size, offset = struct.unpack_from("=QQQ", self.said, 48)
-        if free:
-            self.free(offset)
+        self.connect(*items, free=free, **options)
 
     @property
     def connection(self) -> Any:
@@ -288,46 +287,9 @@ class Client(File):
         finally:
             self.peer = before
 
-    def byebye(self) -> None:
-        self.ioctl(Command.BYEBYE, command())
-
-    def free(self, offset: int) -> None:
-        self.ioctl(Command.FREE, command(fields=u64(offset)))
-
-    # --- names
-
-    def acquire(self, string: str, flags: int = 0) -> int:
-        """NAME_ACQUIRE; returns return_flags."""
-        return return_flags(self.ioctl(Command.NAME_ACQUIRE, command(flags, name(string))))
-
-    def release(self, string: str) -> None:
-        self.ioctl(Command.NAME_RELEASE, command(0, name(string)))
-
-    # --- matches
-
-    def match(self, *rules: bytes, cookie: int = 1, flags: int = 0) -> None:
-        self.ioctl(Command.MATCH_ADD, command(flags, *rules, fields=u64(cookie)))
-
-    def unmatch(self, cookie: int = 1) -> None:
-        self.ioctl(Command.MATCH_REMOVE, command(fields=u64(cookie)))
-
-    # --- sending
-
-    def send(
-        self,
-        to: "Client | int | str",
-        *items: bytes,
-        data: bytes | None = None,
-        command_items: tuple[bytes, ...] = (),
-        **fields: Any,
-    ) -> bytes:
-        """SEND to a client, an id, or a name; returns the command's struct."""
-        with self._message(to, *items, data=data, **fields) as address:
-            return self.ioctl(Command.SEND, send_command(address, *command_items))
-
     def call(
         self,
-        to: "Client | int | str",
+        to: ConnectionVerbs | int | str,
         *items: bytes,
         command_items: tuple[bytes, ...] = (),
         timeout: int | None = None,
@@ -341,55 +303,6 @@ class Client(File):
             argument = send_command(address, *command_items, flags=SendFlag.SYNC_REPLY)
             return self.start(Command.SEND, self.peer.put(argument))
 
-    def request(self, to: "Client | int | str", *items: bytes, **fields: Any) -> bytes:
-        """SEND with EXPECT_REPLY; the answer comes as a message."""
-        fields.setdefault("timeout", self.domain.clock.now + SECOND)
-        return self.send(to, *items, flags=MsgFlag.EXPECT_REPLY, **fields)
-
-    def reply(self, to: "Client | int", answers: int, *items: bytes, **fields: Any) -> bytes:
-        return self.send(to, *items, timeout=answers, **fields)
-
-    def broadcast(self, *items: bytes, filter_: bytes | None = None, **fields: Any) -> bytes:
-        filter_ = filter_ if filter_ is not None else bloom()
-        return self.send(ID_ANY, filter_, *items, flags=MsgFlag.SIGNAL, **fields)
-
-    def signal(self, to: "Client | int | str", *items: bytes, **fields: Any) -> bytes:
-        return self.send(to, bloom(), *items, flags=MsgFlag.SIGNAL, **fields)
-
-    @contextmanager
-    def _message(
-        self, to: "Client | int | str", *items: bytes, data: bytes | None = None, **fields: Any
-    ) -> Iterator[int]:
-        chain = list(items)
-        dst_id = fields.pop("dst_id", 0)
-        if isinstance(to, str):
-            chain.insert(0, text(ItemType.DST_NAME, to))
-        else:
-            dst_id = to.id if isinstance(to, Client) else to
-        payload = self.peer.put(data) if data else 0
-        if payload:
-            chain.append(vec(payload, len(data or b"")))
-        with self.peer.holding(message(dst_id, *chain, **fields)) as address:
-            yield address
-        if payload:
-            self.peer.unmap(payload)
-
-    # --- receiving
-
-    def recv(self, flags: int = 0, priority: int = 0, *, free: bool = True) -> Received:
-        """RECV; the slice is freed at once unless told otherwise."""
-        argument = command(flags, fields=u64(priority, *[GARBAGE] * 4))
-        with self.peer.holding(argument) as address:
-            done = self.start(Command.RECV, address)
-            fields = struct.unpack("=QQQqQQQQ", done.struct())
-        if done.error:
-            raise CommandError(done.error, fields)  # type: ignore[arg-type]
-        _, _, returned, _, lost, offset, size, msg_return_flags = fields
-        got = Received(offset, self.visible(offset, size), returned, msg_return_flags, lost)
-        if free:
-            self.free(offset)
-        return got
-
     def inbox(self) -> list[Received]:
         """Everything that is queued."""
         found = []
@@ -397,72 +310,19 @@ class Client(File):
             found.append(self.recv())
         return found
 
-    def notifications(self) -> list[tuple[Any, ...]]:
-        return [m.notification for m in self.inbox()]
-
-    def cookies(self) -> list[int]:
-        return [m.cookie for m in self.inbox()]
-
     def lost(self) -> int:
         """How many messages it lost, as RECV tells when there is none."""
         assert not self.connection.queue
         if not self.readable:
             return 0
-        argument = command(fields=u64(0, *[GARBAGE] * 4))
-        with self.peer.holding(argument) as address:
-            done = self.start(Command.RECV, address)
-            assert done.error == _errno.EAGAIN
-            fields = struct.unpack("=QQQqQQQQ", done.struct())
+        number, result = self._recv()
+        assert number == _errno.EAGAIN
+        fields = structs.CMD_RECV.unpack(result)
         assert fields[2] == (2 if fields[4] else 0)
         return int(fields[4])
 
-    # --- information
 
-    def info(
-        self,
-        id_: int = 0,
-        *items: bytes,
-        kinds: int = ATTACH_ALL,
-        free: bool = True,
-        code: int = Command.CONN_INFO,
-    ) -> Info:
-        argument = command(0, *items, fields=u64(id_, kinds, GARBAGE, GARBAGE))
-        offset, size = struct.unpack_from("=QQ", self.ioctl(code, argument), 40)
-        raw = self.visible(offset, size)
-        if free:
-            self.free(offset)
-        return Info(offset, raw)
-
-    def creator_info(self, kinds: int = ATTACH_ALL) -> Info:
-        return self.info(kinds=kinds, code=Command.BUS_CREATOR_INFO)
-
-    def list(self, flags: int) -> list[tuple[int, int, str | None, int]]:
-        """(id, HELLO flags, name or None, name flags) of each record."""
-        argument = command(flags, fields=u64(GARBAGE, GARBAGE))
-        offset, size = struct.unpack_from("=QQ", self.ioctl(Command.LIST, argument), 24)
-        raw = self.visible(offset, size)
-        self.free(offset)
-        found: list[tuple[int, int, str | None, int]] = []
-        for record in records(raw):
-            if record.items:
-                ((type_, payload),) = record.items
-                assert type_ == ItemType.OWNED_NAME
-                assert payload[-1:] == b"\0"
-                name_flags = struct.unpack_from("=Q", payload)[0]
-                found.append((record.id, record.flags, payload[8:-1].decode(), name_flags))
-            else:
-                found.append((record.id, record.flags, None, 0))
-        return found
-
-    def update(self, *items: bytes) -> None:
-        self.ioctl(Command.UPDATE, command(0, *items))
-
-
-def return_flags(result: bytes) -> int:
-    return int(struct.unpack_from("=Q", result, 16)[0])
-
-
-class Bus:
+class Bus(MakingConnections):
     """A bus and the file that keeps it alive."""
 
     def __init__(
@@ -478,9 +338,7 @@ class Bus:
         self.owner = owner
         self.name = f"{owner.who.euid}-{string}"
         self.file = File(domain, "control", owner)
-        self.file.bus_make(
-            text(ItemType.MAKE_NAME, self.name), bloom_parameter(bloom_size), *items, flags=flags
-        )
+        self.file.bus_make(bus_items(self.name, size=bloom_size), *items, flags=flags)
 
     @property
     def core(self) -> CoreBus:
@@ -491,18 +349,6 @@ class Bus:
     def hello(self, *items: bytes, **options: Any) -> Client:
         """An ordinary connection; of the bus's owner unless *peer* says otherwise."""
         return Client(self, *items, **options)
-
-    def activator(self, string: str, *policy: bytes, **options: Any) -> Client:
-        return self.special(HelloFlag.ACTIVATOR, name(string), *policy, **options)
-
-    def holder(self, string: str, *policy: bytes, **options: Any) -> Client:
-        return self.special(HelloFlag.POLICY_HOLDER, name(string), *policy, free=False, **options)
-
-    def monitor(self, **options: Any) -> Client:
-        return self.special(HelloFlag.MONITOR, **options)
-
-    def special(self, kind: int, *items: bytes, flags: int = 0, **options: Any) -> Client:
-        return Client(self, *items, flags=kind | flags, **options)
 
     def endpoint(self, string: str = "1000-custom", *policy: bytes) -> File:
         """A custom endpoint, made by the bus's owner, with this policy."""

@@ -210,7 +210,7 @@ def test_info_is_refused_when_the_pool_is_full(bus: Bus) -> None:
         client.creator_info()
     with fails(EXFULL):
         client.list(ListFlag.UNIQUE)
-    assert client.list(0) == []
+    assert client.entries(0) == []
 
 
 def test_results_may_take_the_whole_pool(bus: Bus) -> None:
@@ -289,18 +289,18 @@ def test_list_gives_what_is_asked_for(crowd: dict[str, Client]) -> None:
         return [(ids[w], flags.get(w, 0), None, 0) for w in who]
 
     client = crowd["plain"]
-    assert client.list(0) == []
-    assert client.list(NAMES) == [owner, c_owner]
-    assert client.list(QUEUED) == [queued]
-    assert client.list(ACTIVATORS) == [a_activator, b_activator]
-    assert client.list(NAMES | QUEUED) == [owner, queued, c_owner]
+    assert client.entries(0) == []
+    assert client.entries(NAMES) == [owner, c_owner]
+    assert client.entries(QUEUED) == [queued]
+    assert client.entries(ACTIVATORS) == [a_activator, b_activator]
+    assert client.entries(NAMES | QUEUED) == [owner, queued, c_owner]
     everyone = unnamed("a", "b", "owner", "queued", "plain", "holder")
-    assert client.list(UNIQUE) == everyone
+    assert client.entries(UNIQUE) == everyone
     nameless = unnamed("plain", "holder")
-    assert client.list(UNIQUE | NAMES) == [
+    assert client.entries(UNIQUE | NAMES) == [
         *unnamed("a", "b"), owner, c_owner, *nameless,
     ]  # fmt: skip
-    assert client.list(UNIQUE | NAMES | ACTIVATORS | QUEUED) == [
+    assert client.entries(UNIQUE | NAMES | ACTIVATORS | QUEUED) == [
         a_activator, b_activator, owner, queued, c_owner, *nameless,
     ]  # fmt: skip
 
@@ -318,8 +318,8 @@ def test_hidden_names_are_left_out_but_count_as_names(bus: Bus) -> None:
     other = bus.hello()
     other.acquire(B)
     guest = Client(bus, endpoint="1000-custom")
-    assert guest.list(NAMES | UNIQUE) == [(other.id, 0, B, 0x20), (guest.id, 0, None, 0)]
-    assert [entry[0] for entry in guest.list(UNIQUE)] == [client.id, other.id, guest.id]
+    assert guest.entries(NAMES | UNIQUE) == [(other.id, 0, B, 0x20), (guest.id, 0, None, 0)]
+    assert [entry[0] for entry in guest.entries(UNIQUE)] == [client.id, other.id, guest.id]
 
 
 # --- MATCH_ADD, MATCH_REMOVE

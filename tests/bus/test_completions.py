@@ -8,8 +8,9 @@ from errno import ECONNRESET, EPIPE, ETIMEDOUT
 import pytest
 
 from abi_client.building import command
+from abi_client.verbs import SECOND
 from bus.fakes import FakePeer
-from bus.harness import SECOND, Bus, Client, Pending
+from bus.harness import Bus, Client, Pending
 from kdbusfs.abi.errors import CommandError, Stalled
 from kdbusfs.abi.numbers import Command
 

@@ -26,8 +26,9 @@ import pytest
 from abi_client.blocks import CALL, HEAD, HERE, WAIT, block, code, inline
 from abi_client.building import bloom, fds, message, text, u64, vec
 from abi_client.received import Received
+from abi_client.verbs import SECOND
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import SECOND, Bus, Client, Pending, fails
+from bus.harness import Bus, Client, Pending, fails
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import (
     ID_ANY,

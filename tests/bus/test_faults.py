@@ -30,9 +30,10 @@ from abi_client.building import (
     u64,
     vec,
 )
+from abi_client.verbs import SECOND
 from bus.fakes import FakeFile, FakeMemory, FakePeer
 from bus.faults import KINDS, Faults, snapshot
-from bus.harness import SECOND, Client, FakeDomain, File, Pending
+from bus.harness import Client, FakeDomain, File, Pending
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import (
     ATTACH_ALL,

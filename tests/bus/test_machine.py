@@ -39,8 +39,9 @@ from hypothesis.stateful import (
 )
 
 from abi_client.building import access, bloom, fds, mask, name
+from abi_client.verbs import SECOND
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import SECOND, Bus, Client, FakeDomain, Pending
+from bus.harness import Bus, Client, FakeDomain, Pending
 from kdbusfs.abi.errors import CommandError
 from kdbusfs.abi.numbers import (
     HelloFlag,

@@ -289,7 +289,7 @@ def test_monitors_are_heard_and_seen_by_nobody(bus: Bus) -> None:
     client = bus.hello()
     client.match()
     monitor = bus.monitor()
-    assert monitor.id not in [entry[0] for entry in client.list(0xF)]
+    assert monitor.id not in [entry[0] for entry in client.entries(0xF)]
     monitor.close()
     assert client.inbox() == []
 

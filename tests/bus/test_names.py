@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from abi_client.building import access, fds, name, vec
+from abi_client.verbs import SECOND
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import SECOND, Bus, Client, fails
+from bus.harness import Bus, Client, fails
 from kdbusfs.abi.numbers import HelloFlag, ItemType, NameFlag, PolicyAccess, PolicyType
 
 I = ItemType  # noqa: E741

@@ -6,8 +6,9 @@ import struct
 import pytest
 
 from abi_client.building import u64
+from abi_client.verbs import SECOND
 from bus.fakes import FakePeer
-from bus.harness import SECOND, Bus, Client
+from bus.harness import Bus, Client
 from kdbusfs.abi.numbers import ID_ANY, HelloFlag, ItemType, NameFlag
 from kdbusfs.abi.structs import align8
 

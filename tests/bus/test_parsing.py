@@ -24,8 +24,9 @@ from abi_client.building import (
     vec,
 )
 from abi_client.building import fds as fds_item
+from abi_client.verbs import return_flags
 from bus.fakes import FakePeer
-from bus.harness import Bus, File, fails, return_flags
+from bus.harness import Bus, File, fails
 from kdbusfs.abi.numbers import ATTACH_ALL, Command, ItemType
 
 C, I = Command, ItemType  # noqa: E741

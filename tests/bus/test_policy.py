@@ -314,7 +314,7 @@ def test_names_that_may_not_be_seen_do_not_exist_for_information(bus: Bus, guest
     client.acquire(B)
     assert guest.info(client.id).id == client.id
     assert guest.info(0, name(B)).id == client.id
-    assert [e[2] for e in guest.list(ListFlag.NAMES)] == [B]
+    assert [e[2] for e in guest.entries(ListFlag.NAMES)] == [B]
     assert client.info(guest.id).id == guest.id
 
 
@@ -343,7 +343,7 @@ def test_see_is_asked_of_who_calls(bus: Bus) -> None:
         guest.info(0, name(A))
     with guest.used_by(FakePeer(STRANGER)):
         assert guest.info(0, name(A)).id == client.id
-        assert [e[2] for e in guest.list(ListFlag.NAMES)] == [A]
+        assert [e[2] for e in guest.entries(ListFlag.NAMES)] == [A]
 
 
 def test_mail_to_an_endpoint_is_judged_by_the_senders_endpoint(bus: Bus, guest: Client) -> None:

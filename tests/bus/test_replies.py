@@ -25,8 +25,9 @@ from errno import (
 import pytest
 
 from abi_client.building import fds, item, memfd, vec
+from abi_client.verbs import SECOND
 from bus.fakes import FakeFile, FakePeer
-from bus.harness import SECOND, Bus, Client, Pending, fails
+from bus.harness import Bus, Client, Pending, fails
 from kdbusfs.abi.numbers import HelloFlag, ItemType, RecvFlag
 from kdbusfs.bus.reply import Reply
 

@@ -13,8 +13,9 @@ from errno import EBADSLT, EBUSY, ECONNRESET, EFAULT, ENXIO, EPIPE, ESHUTDOWN, E
 import pytest
 
 from abi_client.building import bloom_parameter, item, text, u64
+from abi_client.verbs import SECOND
 from bus.fakes import Buffer, FakeMemory, FakePeer
-from bus.harness import SECOND, Bus, File
+from bus.harness import Bus, File
 from kdbusfs.abi.errors import CommandError, Stalled
 from kdbusfs.abi.numbers import ATTACH_ALL, AttachFlag, HelloFlag, ItemType
 from kdbusfs.bus.metadata import ProcessMetadata

@@ -10,8 +10,9 @@ from errno import ECONNRESET, EIO, EPIPE, ETIMEDOUT, EXFULL
 import pytest
 
 from abi_client.building import access, command, message, name, parse_items, send_command, u64
+from abi_client.verbs import SECOND
 from bus.fakes import FakePeer
-from bus.harness import SECOND, Bus, Client, FakeDomain, Pending, fails
+from bus.harness import Bus, Client, FakeDomain, Pending, fails
 from kdbusfs.abi.numbers import Command, ItemType, ListFlag, NameFlag, PolicyAccess, PolicyType
 from kdbusfs.abi.specs import COMMAND_SPECS
 from kdbusfs.bus.bus import Bus as CoreBus

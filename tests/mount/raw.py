@@ -27,12 +27,11 @@ import pytest
 
 import daemons
 from abi_client.building import (
-    BLOOM_SIZE,
+    GARBAGE,
     POOL_SIZE,
     Memfd,
     bloom,
-    bloom_parameter,
-    item,
+    command,
     memfd,
     message,
     text,
@@ -40,8 +39,8 @@ from abi_client.building import (
     vec,
 )
 from abi_client.building import fds as fds_item
-from abi_client.building import name as name_item
-from abi_client.received import Info, Received, records
+from abi_client.received import Received
+from abi_client.verbs import ConnectionVerbs, Transport, bus_items
 from kdbusfs.abi import structs
 from kdbusfs.abi.numbers import (
     ATTACH_ALL,
@@ -232,7 +231,7 @@ def make_message(
 # --- files
 
 
-class File:
+class File(Transport):
     """An open node, to be closed once."""
 
     access = os.O_RDWR
@@ -243,13 +242,26 @@ class File:
     def fileno(self) -> int:
         return self.fd
 
+    @contextmanager
+    def holding(self, data: bytes) -> Iterator[int]:
+        memory = Memory(data)
+        yield memory.address
+
+    def read(self, address: int, size: int) -> bytes:
+        return ctypes.string_at(address, size)
+
+    def execute(self, code: int, address: int) -> int:
+        return ctypes.get_errno() if libc.ioctl(self.fd, code, address) < 0 else 0
+
+    def failure(self, number: int) -> OSError:
+        return OSError(number, os.strerror(number))
+
+    def now(self) -> int:
+        return monotonic_ns(0)
+
     def command(self, code: int, *fields: int, items: bytes = b"", flags: int = 0) -> Memory:
-        """One ioctl: size, *flags* and garbage in return_flags, then *fields*, then *items*.
-        Returns its argument as it is afterwards."""
-        words = b"".join(U64.pack(word & (1 << 64) - 1) for word in (flags, 0xDEAD, *fields))
-        argument = Memory(U64.pack(8 + len(words) + len(items)) + words + items)
-        ioctl(self.fd, code, argument.address)
-        return argument
+        """One ioctl; returns its argument as it is afterwards."""
+        return execute(self.fd, code, command(flags, items, fields=u64(*fields)))
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -266,14 +278,6 @@ class File:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def bus_items(name: str, *, attach: int | None = None, size: int = BLOOM_SIZE) -> bytes:
-    """What BUS_MAKE needs; *attach* is the creator mask."""
-    items = text(ItemType.MAKE_NAME, name) + bloom_parameter(size)
-    if attach is not None:
-        items += item(ItemType.ATTACH_FLAGS_SEND, u64(attach))
-    return items
 
 
 class Bus(File):
@@ -302,7 +306,7 @@ class Bus(File):
         return Connection(self.path, **options)  # type: ignore[arg-type]
 
 
-class Connection(File):
+class Connection(File, ConnectionVerbs):
     """A connection to the endpoint at *path*."""
 
     def __init__(
@@ -317,7 +321,6 @@ class Connection(File):
         dir_fd: int | None = None,
     ) -> None:
         super().__init__(path, dir_fd)
-        self.pool_size = pool_size
         try:
             self.hello(flags, send, recv, pool_size, items)
         except OSError:
@@ -325,16 +328,11 @@ class Connection(File):
             raise
 
     def hello(self, flags: int, send: int, recv: int, pool_size: int, items: bytes) -> None:
-        garbage = 0xDEAD
-        fields = (send, recv, garbage, garbage, pool_size, garbage, garbage, garbage, garbage)
-        result = bytes(self.command(Command.HELLO, *fields, flags=flags, items=items))
-        unpacked = structs.CMD_HELLO.unpack(result[: structs.CMD_HELLO.size])
-        self.bus_flags, self.id = unpacked[5:7]
-        self.id128 = unpacked[10]
-        self.offset, self.items_size = unpacked[8:10]
         self._pool: Mapping | None = None
-        if not flags & HelloFlag.POLICY_HOLDER:
-            self.free(self.offset)
+        self.connect(items, flags=flags, send=send, recv=recv, pool_size=pool_size)
+
+    def visible(self, offset: int, size: int) -> bytes:
+        return self.pool.read(offset, size)
 
     @property
     def pool(self) -> Mapping:
@@ -372,7 +370,7 @@ class Connection(File):
         content, kept = make_message(dst_id, parts, **message)  # type: ignore[arg-type]
         argument = Memory(content)
         result = self.command(
-            *(Command.SEND, argument.address, 0xDEAD, 0xDEAD, 0xDEAD),
+            *(Command.SEND, argument.address, GARBAGE, GARBAGE, GARBAGE),
             flags=SendFlag.SYNC_REPLY if sync else 0,
             items=command_items,
         )
@@ -408,87 +406,26 @@ class Connection(File):
     def broadcast(self, *parts: Part, **message: object) -> None:
         self.send(DST_ID_BROADCAST, *parts, flags=MsgFlag.SIGNAL, items=bloom(), **message)  # type: ignore[arg-type]
 
-    def recv(self, flags: int = 0, priority: int = 0) -> Received:
-        """RECV, but for DROP; EAGAIN at once if there is nothing."""
-        result = self.recv_raw(flags, priority)
-        offset, size, msg_flags = structs.MSG_INFO.unpack_from(bytes(result), 40)
-        return Received(offset, self.pool.read(offset, size), msg_return_flags=msg_flags)
+    def recv(self, flags: int = 0, priority: int = 0, *, free: bool = False) -> Received:
+        """RECV; EAGAIN at once if there is nothing. The slice stays."""
+        return super().recv(flags, priority, free=free)
 
     def recv_raw(self, flags: int = 0, priority: int = 0) -> Memory:
         """RECV; its argument as it is afterwards."""
-        return self.command(Command.RECV, priority, *[0xDEAD] * 4, flags=flags)
+        return self.command(Command.RECV, priority, *[GARBAGE] * 4, flags=flags)
 
     def take(self, seconds: float = daemons.DEADLINE_SECONDS) -> Received:
         """Wait for a message, receive it and free its slice (the bytes are ours by then)."""
         self.wait(seconds)
-        message = self.recv()
-        self.free(message.offset)
-        return message
-
-    def drain(self) -> list[Received]:
-        """All that is queued."""
-        messages = []
-        try:
-            while True:
-                messages.append(message := self.recv())
-                self.free(message.offset)
-        except BlockingIOError:
-            return messages
+        return self.recv(free=True)
 
     def drop(self) -> None:
         self.recv_raw(RecvFlag.DROP)
-
-    def free(self, offset: int) -> None:
-        self.command(Command.FREE, offset)
 
     def wait(self, seconds: float = daemons.DEADLINE_SECONDS) -> None:
         """Until it is readable."""
         events = poll(self, seconds)
         assert events & select.POLLIN, f"not readable after {seconds} s: {events:#x}"
-
-    # --- names, matches, questions
-
-    def byebye(self) -> None:
-        self.command(Command.BYEBYE)
-
-    def acquire(self, name: str, flags: int = 0) -> int:
-        """NAME_ACQUIRE; its return_flags."""
-        item = name_item(name)
-        return self.command(Command.NAME_ACQUIRE, items=item, flags=flags).u64(16)
-
-    def release(self, name: str) -> None:
-        self.command(Command.NAME_RELEASE, items=name_item(name))
-
-    def match(self, *items: bytes, cookie: int = 1, flags: int = 0) -> None:
-        """MATCH_ADD; without items it takes everything."""
-        self.command(Command.MATCH_ADD, cookie, items=b"".join(items), flags=flags)
-
-    def unmatch(self, cookie: int = 1) -> None:
-        self.command(Command.MATCH_REMOVE, cookie)
-
-    def info(
-        self,
-        id_: int = 0,
-        attach: int = ATTACH_ALL,
-        name: str | None = None,
-        code: int = Command.CONN_INFO,
-    ) -> Info:
-        items = name_item(name) if name is not None else b""
-        result = self.command(code, id_, attach, 0xDEAD, 0xDEAD, items=items)
-        offset, size = result.u64(40), result.u64(48)
-        content = self.pool.read(offset, size)
-        self.free(offset)
-        return Info(offset, content)
-
-    def creator_info(self, attach: int = ATTACH_ALL) -> Info:
-        return self.info(0, attach, code=Command.BUS_CREATOR_INFO)
-
-    def list(self, flags: int) -> list[Info]:
-        result = self.command(Command.LIST, 0xDEAD, 0xDEAD, flags=flags)
-        offset, size = result.u64(24), result.u64(32)
-        content = self.pool.read(offset, size) if size else b""
-        self.free(offset)
-        return records(content, offset)
 
 
 # --- small things

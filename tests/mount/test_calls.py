@@ -121,7 +121,7 @@ def test_messages_meanwhile_wait_in_the_queue(bus: Bus, target: Connection) -> N
     def call(_: socket.socket) -> list[bytes]:
         with bus.connect() as conn:
             reply = conn.call(target.id)
-            return [reply.data, *(m.data for m in conn.drain())]
+            return [reply.data, *(m.data for m in conn.inbox())]
 
     with Child(call) as child:
         request = target.take()
@@ -552,7 +552,7 @@ def test_only_whom_was_asked_may_answer(bus: Bus, target: Connection) -> None:
         target.send(conn.id, b"right", last=5)
         with fails(errno.EBADSLT):
             target.send(conn.id, b"again", last=5)
-        assert [m.data for m in conn.drain()] == [b"right"]
+        assert [m.data for m in conn.inbox()] == [b"right"]
 
 
 def test_timeouts_come_in_the_order_of_deadlines(bus: Bus, target: Connection) -> None:

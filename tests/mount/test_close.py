@@ -138,7 +138,7 @@ def test_a_disconnect_is_told_in_order(bus: Bus) -> None:
         gone.recv()
         match_notifications(watcher)
         gone.close()
-        messages = watcher.drain()
+        messages = watcher.inbox()
         assert told(messages) == [
             ("NAME_REMOVE", gone.id, 0, "com.example.first"),
             ("NAME_CHANGE", gone.id, heir.id, "com.example.second"),
@@ -157,7 +157,7 @@ def test_everything_a_close_causes_is_there_when_it_returns(bus: Bus) -> None:
         for _ in range(100):
             conn = bus.connect()
             conn.close()
-            assert told(watcher.drain()) == [
+            assert told(watcher.inbox()) == [
                 ("ID_ADD", conn.id, 0, ""),
                 ("ID_REMOVE", conn.id, 0, ""),
             ]
@@ -171,7 +171,7 @@ def test_the_end_of_an_endpoint_disconnects_in_order_of_hello(bus: Bus) -> None:
         connections = [Connection(bus.directory / "0-custom") for _ in range(5)]
         match_notifications(watcher)
         owner.close()
-        assert told(watcher.drain()) == [("ID_REMOVE", c.id, 0, "") for c in connections]
+        assert told(watcher.inbox()) == [("ID_REMOVE", c.id, 0, "") for c in connections]
         for conn in connections:
             with fails(errno.ECONNRESET):
                 conn.free(0)
@@ -205,7 +205,7 @@ def test_byebye_waits_for_nobody_and_leaves_a_handle(bus: Bus) -> None:
         with fails(errno.EBUSY):
             conn.byebye()
         other.send(conn.id, b"still reachable")
-        assert len(conn.drain()) == 2
+        assert len(conn.inbox()) == 2
         conn.byebye()
         with fails(errno.ECONNRESET):
             conn.byebye()

@@ -321,7 +321,7 @@ def test_a_user_may_queue_sixteen_descriptors_at_one_receiver(bus: Bus) -> None:
         sender.send(receiver.id, fds=[fd, fd])
         with fails(errno.EMFILE):
             sender.send(receiver.id, fds=[fd])
-        for message in receiver.drain():
+        for message in receiver.inbox():
             message.close_fds()
         os.close(fd)
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import daemons
+from abi_client.verbs import bus_items
 from kdbusfs.abi import structs
 from kdbusfs.abi.errors import CommandError, Fault, Stalled
 from kdbusfs.abi.numbers import AttachFlag, Command, MsgFlag, SendFlag
@@ -34,7 +35,7 @@ from kdbusfs.peer.namespaces import OWN_USER
 from kdbusfs.peer.process import NotHeld, Process
 from kdbusfs.peer.stall import MAX_OF_CALL
 from mount.processes import Child, wait_in_ioctl
-from mount.raw import Bus, Memory, bus_items, libc, make_message, monotonic_ns
+from mount.raw import Bus, Memory, libc, make_message, monotonic_ns
 
 ERESTARTSYS = 512
 """The kernel makes EINTR of it, or calls again."""

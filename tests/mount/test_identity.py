@@ -269,7 +269,7 @@ def test_metadata_is_as_it_was_when_it_was_sent(bus: Bus) -> None:
             return os.getpid()
 
         pid = in_child(send)
-        messages = conn.drain()
+        messages = conn.inbox()
     names = [m.one(ItemType.TID_COMM) for m in messages]
     assert names == [b"first name\0", b"second name\0", b"second name\0"]
     creds = [structs.CREDS.unpack(m.one(ItemType.CREDS)) for m in messages]
@@ -288,7 +288,7 @@ def test_names_are_those_owned_at_the_time_in_order(bus: Bus) -> None:
         sender.send(receiver.id)
         sender.release("com.example.a")
         sender.send(receiver.id)
-        first, second = receiver.drain()
+        first, second = receiver.inbox()
     owned = [[p[8:-1] for p in m.all(ItemType.OWNED_NAME)] for m in (first, second)]
     assert owned == [
         [b"com.example.b", b"com.example.a", b"com.example.c"],
@@ -318,7 +318,7 @@ def test_update_changes_what_is_attached_from_then_on(bus: Bus) -> None:
         conn.send(conn.id)
         conn.command(Command.UPDATE, items=mask(ItemType.ATTACH_FLAGS_RECV, AttachFlag.PIDS))
         conn.send(conn.id)
-        assert [m.types for m in conn.drain()] == [[ItemType.TIMESTAMP], [ItemType.PIDS]]
+        assert [m.types for m in conn.inbox()] == [[ItemType.TIMESTAMP], [ItemType.PIDS]]
         with fails(errno.EINVAL):
             conn.command(Command.UPDATE, items=mask(ItemType.ATTACH_FLAGS_RECV, ATTACH_ALL + 1))
         conn.command(Command.UPDATE, items=mask(ItemType.ATTACH_FLAGS_SEND, 0))
@@ -358,11 +358,11 @@ def test_info_is_of_the_process_at_hello_and_stays(bus: Bus, root_fd: int) -> No
 def test_info_shows_no_more_than_its_subject_allows(bus: Bus) -> None:
     with bus.connect(send=AttachFlag.PIDS | AttachFlag.EXE) as shy, bus.connect() as conn:
         assert conn.info(shy.id).types == [ItemType.PIDS, ItemType.EXE]
-        assert conn.info(shy.id, AttachFlag.PIDS | AttachFlag.CREDS).types == [ItemType.PIDS]
-        assert conn.info(shy.id, 0).types == []
-        assert conn.info(shy.id, (1 << 64) - 1).types == [ItemType.PIDS, ItemType.EXE]
+        assert conn.info(shy.id, kinds=AttachFlag.PIDS | AttachFlag.CREDS).types == [ItemType.PIDS]
+        assert conn.info(shy.id, kinds=0).types == []
+        assert conn.info(shy.id, kinds=(1 << 64) - 1).types == [ItemType.PIDS, ItemType.EXE]
         with fails(errno.EINVAL):
-            conn.info(shy.id, ATTACH_ALL + 1)
+            conn.info(shy.id, kinds=ATTACH_ALL + 1)
 
 
 def test_info_finds_by_id_by_name_or_by_both(bus: Bus) -> None:
@@ -470,7 +470,7 @@ def test_notifications_carry_a_timestamp_and_nothing_else(bus: Bus) -> None:
         with bus.connect():
             pass
         for conn in (asking, not_asking):
-            added, removed = conn.drain()
+            added, removed = conn.inbox()
             assert added.types == [ItemType.ID_ADD, ItemType.TIMESTAMP]
             assert removed.types == [ItemType.ID_REMOVE, ItemType.TIMESTAMP]
             assert (added.flags, added.src_id, added.cookie) == (MsgFlag.SIGNAL, 0, 0)

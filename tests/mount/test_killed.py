@@ -53,7 +53,7 @@ def ignore(bus: Bus, test: socket.socket) -> int:
         test.setblocking(False)
         n = 0
         while True:
-            for message in conn.drain():
+            for message in conn.inbox():
                 message.close_fds()
                 n += 1
             try:
@@ -113,7 +113,7 @@ def test_buses_killed_at_random_disturb_nobody(mount: daemons.Mount, bus: Bus) -
                 conn.acquire("com.example.own")
                 conn.send(other.id, b"x" * 1000)
                 conn.broadcast(b"x")
-                other.drain()
+                other.inbox()
 
     buses = set(os.listdir(mount.path))
     with Child(lambda test: exchange(bus, test)) as pair:
@@ -148,7 +148,7 @@ def test_a_caller_killed_in_each_call_in_turn_leaves_its_target_well(bus: Bus) -
                 while time.monotonic() < end:
                     os.sched_yield()
                 caller.kill()
-            for request in target.drain():
+            for request in target.inbox():
                 assert request.data == b"x" * 10_000
         with bus.connect() as conn:
             conn.send(target.id, b"still fine")

@@ -40,7 +40,7 @@ def watch_names(conn: Connection) -> None:
 
 def changes(conn: Connection) -> list[Change]:
     found = []
-    for message in conn.drain():
+    for message in conn.inbox():
         type_, payload = message.items[0]
         assert payload[structs.NAME_CHANGE.size :] == NAME.encode() + b"\0"
         old, old_flags, new, new_flags = structs.NAME_CHANGE.unpack_from(payload)
@@ -104,7 +104,7 @@ def test_messages_follow_a_name_to_its_implementer_and_back(bus: Bus) -> None:
     def implement(test: socket.socket) -> list[bytes]:
         with bus.connect() as conn:
             assert conn.acquire(NAME) & NameFlag.ACQUIRED
-            first = [m.data for m in conn.drain()]
+            first = [m.data for m in conn.inbox()]
             test.send(b"ready")
             signal.pause()
             return first
@@ -185,7 +185,7 @@ def rule(type_: int, payload: bytes) -> bytes:
 
 
 def heard(conn: Connection) -> list[bytes]:
-    return [message.data for message in conn.drain()]
+    return [message.data for message in conn.inbox()]
 
 
 @pytest.mark.parametrize(
@@ -260,12 +260,12 @@ def test_monitors_see_everything_and_nobody_sees_them(bus: Bus) -> None:
     with bus.connect() as a, bus.connect() as b:
         b.match(rule(ItemType.ID_ADD, U64x2.pack(ANY_ID, 0)))
         with bus.connect(flags=HelloFlag.MONITOR) as monitor:
-            assert b.drain() == []
+            assert b.inbox() == []
             a.send(b.id, b"unicast")
             a.send(b.id, b"dropped", flags=MsgFlag.SIGNAL, items=bloom())
             a.broadcast(b"broadcast")
             a.acquire(NAME)
-            seen: list[Received] = monitor.drain()
+            seen: list[Received] = monitor.inbox()
             assert [m.data for m in seen[:3]] == [b"unicast", b"dropped", b"broadcast"]
             assert [m.types[0] for m in seen[3:]] == [ItemType.NAME_ADD]
             with fails(errno.ENXIO):

@@ -132,7 +132,7 @@ def test_a_notification_wakes(bus: Bus) -> None:
 def test_the_timeout_of_a_request_wakes(bus: Bus) -> None:
     with bus.connect() as conn, bus.connect() as target:
         wakes(bus, conn, lambda: conn.request(target.id, timeout=0.05), select.POLLIN)
-        (timeout,) = conn.drain()
+        (timeout,) = conn.inbox()
         assert timeout.types[0] == ItemType.REPLY_TIMEOUT
 
 
@@ -141,7 +141,7 @@ def test_the_death_of_whom_was_asked_wakes(bus: Bus) -> None:
         target = bus.connect()
         conn.request(target.id)
         wakes(bus, conn, target.close, select.POLLIN)
-        (dead,) = conn.drain()
+        (dead,) = conn.inbox()
         assert dead.types[0] == ItemType.REPLY_DEAD
 
 
@@ -209,7 +209,7 @@ def test_edge_triggered_epoll_reports_each_arrival_once(bus: Bus) -> None:
             assert epoll.poll(5) == [(conn.fd, select.EPOLLIN)]
             assert epoll.poll(0) == []
         # Nothing was received meanwhile: it is the arrival that counts.
-        assert len(conn.drain()) == 5
+        assert len(conn.inbox()) == 5
 
 
 def test_edge_triggered_epoll_loses_no_wake_up(bus: Bus) -> None:
@@ -223,7 +223,7 @@ def test_edge_triggered_epoll_loses_no_wake_up(bus: Bus) -> None:
             while received < count:
                 if not epoll.poll(daemons.DEADLINE_SECONDS):
                     break
-                received += len(conn.drain())
+                received += len(conn.inbox())
             return received
 
     with bus.connect() as sender, Child(receive) as child:

@@ -319,7 +319,7 @@ def test_a_connection_can_talk_to_itself(bus: Bus) -> None:
     with bus.connect() as conn:
         for n in range(10):
             conn.send(conn.id, b"%d" % n)
-        assert [m.data for m in conn.drain()] == [b"%d" % n for n in range(10)]
+        assert [m.data for m in conn.inbox()] == [b"%d" % n for n in range(10)]
 
 
 def test_signals_keep_their_filter_and_requests_their_deadline(bus: Bus) -> None:
@@ -375,7 +375,7 @@ def test_the_errors_of_a_message_come_in_their_order(bus: Bus) -> None:
             conn.send(me + 1000, name="com.example.me")
         conn.send(me, b"both", name="com.example.me")
         conn.send(me, b"own id", src_id=me)
-        assert [m.data for m in conn.drain()] == [b"both", b"own id"]
+        assert [m.data for m in conn.inbox()] == [b"both", b"own id"]
 
 
 def test_results_of_list_lie_one_behind_the_other(bus: Bus) -> None:

@@ -80,7 +80,7 @@ def test_a_signal_that_comes_while_the_payload_stalls_ends_the_wait(bus: Bus) ->
             caller.say()
             assert caller.result() == "EINTR"
         # The request itself has gone out.
-        assert [request.data for request in target.drain()] == [bytes(PAGE)]
+        assert [request.data for request in target.inbox()] == [bytes(PAGE)]
         exchange(other, target)
 
 
@@ -97,7 +97,7 @@ def test_a_caller_that_is_killed_while_it_stalls_ends(
                 exchange(other, other)
             caller.kill()
             assert caller.status == -signal.SIGKILL
-        assert target.drain() == []
+        assert target.inbox() == []
         exchange(other, target)
 
 
@@ -182,7 +182,7 @@ def test_a_user_whose_calls_stall_gets_so_many_threads_and_no_more(
             assert _n_threads(mount) <= before + MAX_OF_USER + 4
             child.say()
             assert child.result() == ["0"] * n
-        assert len(target.drain()) == n
+        assert len(target.inbox()) == n
     daemons.wait_until(lambda: _n_threads(mount) <= before + 4, "threads are left")
 
 

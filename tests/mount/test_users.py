@@ -116,7 +116,7 @@ def test_a_user_who_floods_keeps_nobody_else_out(
         with Child(lambda _: say_one(root_fd, bus, b"let me in"), uid=uid) as child:
             assert child.result() == "0"
     # What the flooder left behind is still there, and so is the others' mail, in order.
-    messages = service.drain()
+    messages = service.inbox()
     assert [m.data for m in messages[most:]] == [b"let me in"] * 2
     assert len(messages) == most + 2
     # Room that was given back can be used again.
@@ -141,7 +141,7 @@ def test_users_share_the_room_as_documented(bus: Bus, root_fd: int, service: Con
             sent.append(child.result())
     # 256 messages is the other limit, and comes first with messages of 8 KiB.
     assert sent == [256, 256]
-    service.drain()
+    service.inbox()
     for uid, limit in ((ALICE, 2796202), (BOB, 1864135), (CAROL, 1242757)):
         size = 65536
         with Child(lambda _, size=size: flood(root_fd, bus, size), uid=uid) as child:
@@ -167,7 +167,7 @@ def test_a_flood_of_descriptors_keeps_nobody_elses_out(
     for uid in (ALICE, BOB):
         with Child(pour, uid=uid) as child:
             assert child.result() == 5
-    for message in service.drain():
+    for message in service.inbox():
         message.close_fds()
 
 
@@ -177,9 +177,9 @@ def test_the_kernels_notifications_have_room_of_their_own(
     service.match(build(ItemType.ID_ADD, structs.U64x2.pack((1 << 64) - 1, 0)))
     with Child(lambda _: flood(root_fd, bus, 8), uid=ALICE) as alice:
         assert alice.result() > 200
-    service.drain()
+    service.inbox()
     with bus.connect() as conn:
-        (added,) = service.drain()
+        (added,) = service.inbox()
         assert structs.U64x2.unpack(added.one(ItemType.ID_ADD)) == (conn.id, 1)
 
 
@@ -191,7 +191,7 @@ def test_users_who_share_no_name_may_not_talk(bus: Bus, root_fd: int) -> None:
         with Connection(f"{bus.name}/bus", dir_fd=root_fd) as conn:
             test.send(conn.id.to_bytes(8, "little"))
             test.recv(2)
-            return [m.data for m in conn.drain()]
+            return [m.data for m in conn.inbox()]
 
     def talk(to: int) -> str:
         with Connection(f"{bus.name}/bus", dir_fd=root_fd) as conn:
@@ -252,7 +252,7 @@ def test_the_senders_rights_are_those_of_the_caller_now(bus: Bus, root_fd: int) 
             assert bob.result() == "EPERM"
         with Child(as_alice) as child:
             assert child.result() == "sent"
-        assert [m.data for m in friend.drain()] == [b"!"]
+        assert [m.data for m in friend.inbox()] == [b"!"]
     alice.close()
 
 
@@ -293,7 +293,7 @@ def test_broadcasts_reach_those_who_may_talk_to_their_sender(bus: Bus, root_fd: 
             conn.match()
             test.send(b"ready")
             test.recv(2)
-            return [m.data for m in conn.drain() if m.src_id]
+            return [m.data for m in conn.inbox() if m.src_id]
 
     def shout(_: socket.socket) -> None:
         with Connection(f"{bus.name}/bus", dir_fd=root_fd) as conn:

@@ -116,7 +116,7 @@ def try_to_cancel(connection: Connection, fd: int) -> str:
     try:
         connection.call(connection.id, b"x", timeout=0.05, command_items=cancel_item(fd))
     except OSError as error:
-        connection.drain()
+        connection.inbox()
         return errorcode[error.errno or 0]
     return "answered"
 
@@ -822,7 +822,7 @@ def test_a_setuid_program_says_nothing_on_an_inherited_connection(
     assert f"Uid:\t{ALICE}\t0\t0\t0" in alice.run(_cat_itself, program)
     with bus.connect() as receiver:
         status, errors = alice.run(_cat_between_connections, path(bus), program)
-        assert (status, receiver.drain()) == (1, [])
+        assert (status, receiver.inbox()) == (1, [])
     assert "Invalid argument" in errors
     assert alive(bus, person)
 

@@ -286,7 +286,7 @@ def test_notifications_of_names_are_for_those_who_see_them(bus: Bus, person: New
         service.acquire("com.example.hidden")
         service.acquire("com.example.seen")
         with bus.connect():
-            told = [message.items[0] for message in alice.drain()]
+            told = [message.items[0] for message in alice.inbox()]
         assert [type_ for type_, _ in told] == [ItemType.NAME_ADD, ItemType.ID_ADD]
         assert b"com.example.seen\0" in told[0][1]
 

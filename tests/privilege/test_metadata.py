@@ -392,7 +392,9 @@ def test_the_targets_mask_decides_what_questions_tell(bus: Bus) -> None:
     shown = AttachFlag.CREDS | AttachFlag.PIDS
     with bus.connect(send=shown) as target, bus.connect() as asking:
         assert asking.info(target.id).types == [ItemType.CREDS, ItemType.PIDS]
-        assert asking.info(target.id, AttachFlag.PIDS | AttachFlag.EXE).types == [ItemType.PIDS]
+        assert asking.info(target.id, kinds=AttachFlag.PIDS | AttachFlag.EXE).types == [
+            ItemType.PIDS
+        ]
         target.command(
             Command.UPDATE, items=build(ItemType.ATTACH_FLAGS_SEND, U64.pack(AttachFlag.EXE))
         )
