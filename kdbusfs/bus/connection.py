@@ -427,7 +427,11 @@ class Connection:
 
     def stage(self, message: Outgoing) -> QueueEntry:
         """Copy *message* into the pool. ECONNRESET, ECOMM, ENOBUFS, EMFILE, EXFULL, EFAULT. To
-        queue what is returned, or to give it up, is left to the caller and can't fail."""
+        queue what is returned, or to give it up, is left to the caller and can't fail.
+
+        The copy may stall, and others run the bus meanwhile. So what it takes, quota and slice, is
+        taken before, and belongs to the entry: whatever ends the copy, `discard` gives both back.
+        """
         if not self.alive:
             raise CommandError(ECONNRESET, "destination is disconnected")
         fds = message.fds

@@ -248,7 +248,13 @@ class MatchIndex:
                     self._bits ^= 1 << key
 
     def _keys(self, match: Match) -> Iterable[Hashable]:
-        """Where to file *match*: one place, or one bit for each generation of a bloom mask."""
+        """Where to file *match*: one place, or one bit for each generation of a bloom mask.
+
+        Each is something that whatever passes the match has as well, so who looks under all that a
+        signal or change has, misses none; whether it does pass is then asked of the match itself.
+        The more special, the fewer ask in vain: so the sender goes before its name, and of a
+        bloom mask the bit under which the fewest are filed stands for all.
+        """
         if not match.worlds:
             return ()
         if match.change_type in _ID_CHANGES:

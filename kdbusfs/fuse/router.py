@@ -189,7 +189,13 @@ class Router:
                 self._on_end()
 
     def _loop(self) -> None:
-        """Holding the turn: handle requests until the mount is gone, or somebody took over."""
+        """Holding the turn: handle requests until the mount is gone, or somebody took over.
+
+        Each round does one thing, the most urgent: a call whose wait is over, a request to be
+        started anew, a deadline, and only then the wait for requests, without the turn. After
+        whatever may access a caller's memory the thread may have been overtaken: then the router's
+        state is its successor's, and it has to leave without touching any.
+        """
         domain, watches, calls, crew = self._domain, self._watches, self._calls, self._crew
         me, completed, interrupts = crew.current, calls.completed, self._interrupts.pending
         buffer = bytearray(_BUFFER_SIZE)
@@ -218,6 +224,7 @@ class Router:
                         self._look_around()
                         continue
                     timeout = left if timeout < 0 else min(left, timeout)
+            # Without the turn those who come back from a stall can undo what they had begun.
             reply, device.pending = device.pending, b""
             release()
             n = next_request(fd, reply, len(reply), watches.fd, pointer, size, timeout, spin)
