@@ -19,6 +19,7 @@ from errno import (
     EPERM,
     ESHUTDOWN,
 )
+from functools import partial
 from typing import NamedTuple
 
 from ..abi.errors import CommandError, Stalled
@@ -267,7 +268,7 @@ class Handle:
         assert bus is not None
         directory = next(iter(bus.endpoints)).node.parent
         assert directory is not None
-        bus.end(lambda: self.domain.root.unlink(directory))
+        bus.end(partial(self.domain.root.unlink, directory))
         bus.creator.n_buses -= 1
 
 
