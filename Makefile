@@ -47,7 +47,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test fuzz check bench bench-hostile bench-peers peers dist install lock clean library root
+.PHONY: help setup packages demo test fuzz check bench bench-floor bench-hostile bench-peers peers dist install lock clean library root
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -73,13 +73,16 @@ check: setup ## ruff, mypy, clang-format, and the C compiler with warnings as er
 		$(CC) $(C_WARNINGS) $(CPPFLAGS) -Ilibkdbus/include -Ikdbusfs/native -c -o /dev/null $$source || exit 1; \
 	done
 
-bench: root setup library ## measure, beside the smallest FUSE server in C, and print tables
+bench: root setup peers ## time it beside D-Bus and others; fail if a ratio got worse by a third
+	@$(BIN)/python bench/peers.py --check
+
+bench-floor: root setup ## time each operation beside the smallest FUSE server in C
 	@$(BIN)/python bench/run.py
 
 bench-hostile: root setup ## measure how long others wait while one attacks (AGAINST=... another kdbusfs)
 	@$(BIN)/python bench/hostile.py $(if $(AGAINST),--against '$(AGAINST)')
 
-bench-peers: root setup peers $(VENV)/.bench ## time it beside D-Bus, sockets, queues and pipes, and draw the plots
+bench-peers: root setup peers $(VENV)/.bench ## the same with more sizes and crowds, and draw the plots
 	@$(BIN)/python bench/peers.py --plots docs/performance
 
 dist: $(VENV)/.tools ## build sdists and wheels into dist/, and try each in an empty environment

@@ -34,19 +34,48 @@ def series_of(
     }
 
 
+COLORS = {
+    "unix": "#1f77b4",
+    "mqueue": "#17becf",
+    "pipe": "#7fb3d5",
+    "dbus-daemon": "#d62728",
+    "dbus-broker": "#ff7f0e",
+    "kdbus-lib": "#2ca02c",
+    "kdbus-sync": "#8c9a2b",
+    "kdbus-raw": "#111111",
+}
+"""Blues for what has no daemon, reds for D-Bus, greens and black for kdbus."""
+
+
 def draw_chart(
     path: Path, title: str, titles: tuple[str, str], labels: list[str], series: dict[str, list]
 ) -> None:
     chart = pygal.Line(
-        pygal.Config(js=[], width=760, height=440, legend_at_bottom=False, dots_size=2),
+        pygal.Config(
+            js=[],
+            width=760,
+            height=440,
+            legend_at_bottom=False,
+            dots_size=2,
+        ),
         title=title,
         x_title=titles[0],
         y_title=titles[1],
         logarithmic=True,
-        style=pygal.style.CleanStyle,
+        style=pygal.style.Style(
+            colors=[COLORS[peer] for peer in series],
+            background="white",
+            plot_background="white",
+            font_family="sans-serif",
+        ),
     )
     chart.uuid = path.stem  # else it differs each time, and with it the file
     chart.x_labels = labels
+    there = [value for values in series.values() for value in values if value is not None]
+    marks = [mark * 10**power for power in range(-2, 7) for mark in (1, 2, 5)]
+    low = max(mark for mark in marks if mark <= min(there))
+    high = min(mark for mark in marks if mark >= max(there))
+    chart.y_labels = [mark for mark in marks if low <= mark <= high]
     for peer, values in series.items():
         chart.add(peer, values)
     path.write_bytes(chart.render() + b"\n")
