@@ -55,6 +55,7 @@ def hears(client: Client) -> bool:
         ([*range(511)], range(512), False),
     ],
 )
+@pytest.mark.also_mounted
 def test_the_bits_of_the_mask_must_all_be_in_the_filter(
     bus: Bus, filter_: list[int], wanted: list[int], passes: bool
 ) -> None:
@@ -67,6 +68,7 @@ def test_the_bits_of_the_mask_must_all_be_in_the_filter(
 @pytest.mark.parametrize(
     ("generation", "used"), [(0, 0), (1, 1), (2, 2), (3, 2), ((1 << 64) - 1, 2)]
 )
+@pytest.mark.also_mounted
 def test_a_mask_has_a_part_for_each_generation_and_the_last_serves_the_rest(
     bus: Bus, generation: int, used: int
 ) -> None:
@@ -89,6 +91,7 @@ def test_bloom_filters_have_the_size_of_the_bus(bus: Bus, size: int) -> None:
     assert len(client.inbox()) == 1
 
 
+@pytest.mark.also_mounted
 def test_a_rule_for_the_sender(bus: Bus) -> None:
     one, two, client = bus.hello(), bus.hello(), bus.hello()
     client.match(id_rule(I.ID, one.id))
@@ -104,6 +107,7 @@ def test_a_rule_for_the_sender(bus: Bus) -> None:
     ("wanted", "heard"),
     [("any", ["broadcast", "id", "name"]), ("own", ["id"]), ("zero", ["name"]), ("none", [])],
 )
+@pytest.mark.also_mounted
 def test_a_rule_for_the_destination_looks_at_the_field_as_sent(
     bus: Bus, wanted: str, heard: list[str]
 ) -> None:
@@ -118,6 +122,7 @@ def test_a_rule_for_the_destination_looks_at_the_field_as_sent(
     assert [names[c] for c in client.cookies()] == heard
 
 
+@pytest.mark.also_mounted
 def test_a_rule_for_a_name_is_about_its_owner_now(bus: Bus) -> None:
     owner, queued, client = bus.hello(), bus.hello(), bus.hello()
     owner.acquire(A)
@@ -131,6 +136,7 @@ def test_a_rule_for_a_name_is_about_its_owner_now(bus: Bus) -> None:
     assert client.cookies() == [2, 4]
 
 
+@pytest.mark.also_mounted
 def test_all_rules_of_a_match_and_any_match(bus: Bus) -> None:
     sender, client = bus.hello(), bus.hello()
     client.match(mask([1]), mask([2]), id_rule(I.ID, sender.id))
@@ -144,6 +150,7 @@ def test_all_rules_of_a_match_and_any_match(bus: Bus) -> None:
     assert client.cookies() == [4], "once, however many matches pass"
 
 
+@pytest.mark.also_mounted
 def test_a_match_without_rules_passes_everything(bus: Bus) -> None:
     client = bus.hello()
     client.match()
@@ -167,6 +174,7 @@ RULES = {
 }
 
 
+@pytest.mark.also_mounted
 def test_each_rule_is_about_one_kind_of_message(bus: Bus) -> None:
     clients = {}
     for kind, rule in RULES.items():
@@ -191,6 +199,7 @@ def test_each_rule_is_about_one_kind_of_message(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("other", [k for k in RULES if k not in ("all", "id_add")])
+@pytest.mark.also_mounted
 def test_a_match_does_not_mix_what_can_not_both_be_true(bus: Bus, other: str) -> None:
     client = bus.hello()
     client.match(RULES["id_add"], RULES[other])
@@ -206,6 +215,7 @@ def test_a_match_does_not_mix_what_can_not_both_be_true(bus: Bus, other: str) ->
 
 
 @pytest.mark.parametrize(("delta", "heard"), [(0, True), (1, False), (None, True)])
+@pytest.mark.also_mounted
 def test_a_rule_for_an_id_that_comes_or_goes(bus: Bus, delta: int | None, heard: bool) -> None:
     client = bus.hello()
     next_id = client.id + 1
@@ -237,6 +247,7 @@ NAME_RULES = [
 
 
 @pytest.mark.parametrize(("type_", "old", "new", "string", "heard"), NAME_RULES)
+@pytest.mark.also_mounted
 def test_a_rule_for_a_name_that_changes_hands(
     bus: Bus, type_: int, old: str, new: str, string: str | None, heard: bool
 ) -> None:
@@ -250,6 +261,7 @@ def test_a_rule_for_a_name_that_changes_hands(
     assert [n[0] for n in client.notifications()] == ([type_] if heard else [])
 
 
+@pytest.mark.also_mounted
 def test_whoever_causes_a_notification_gets_it_too(bus: Bus) -> None:
     client = bus.hello()
     client.match()
@@ -285,6 +297,7 @@ def test_monitors_see_everything_without_a_match(bus: Bus) -> None:
     assert len(second.inbox()) == len(seen)
 
 
+@pytest.mark.also_mounted
 def test_monitors_are_heard_and_seen_by_nobody(bus: Bus) -> None:
     client = bus.hello()
     client.match()
@@ -294,6 +307,7 @@ def test_monitors_are_heard_and_seen_by_nobody(bus: Bus) -> None:
     assert client.inbox() == []
 
 
+@pytest.mark.also_mounted
 def test_monitors_get_their_own_metadata_and_count_their_losses(bus: Bus) -> None:
     client = bus.hello()
     monitor = bus.monitor(recv=AttachFlag.CREDS, pool_size=4096)

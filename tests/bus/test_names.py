@@ -181,6 +181,7 @@ def test_a_name_that_is_taken_is_refused(bus: Bus, watcher: Client, old: int, ne
     assert not second.connection.names
 
 
+@pytest.mark.also_mounted
 def test_replacing_wants_consent_of_the_owner_not_of_the_next(bus: Bus) -> None:
     first, second, third = bus.hello(), bus.hello(), bus.hello()
     first.acquire(A)
@@ -191,6 +192,7 @@ def test_replacing_wants_consent_of_the_owner_not_of_the_next(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("string", ["nodot", "a.", "com.example.*", "1.a"])
+@pytest.mark.also_mounted
 def test_only_valid_names_are_acquired(bus: Bus, string: str) -> None:
     with fails(EINVAL):
         bus.hello().acquire(string)
@@ -293,6 +295,7 @@ def test_leaving_the_queue_is_silent(bus: Bus, watcher: Client) -> None:
     assert queue_of(bus) == [(first.id, PRIMARY)]
 
 
+@pytest.mark.also_mounted
 def test_release_looks_for_the_name_only(bus: Bus) -> None:
     first, second = bus.hello(), bus.hello()
     first.acquire(A)
@@ -303,6 +306,7 @@ def test_release_looks_for_the_name_only(bus: Bus) -> None:
             second.release(string)
 
 
+@pytest.mark.also_mounted
 def test_an_activators_name_is_somebody_elses(bus: Bus) -> None:
     bus.activator(A)
     with fails(EADDRINUSE):
@@ -348,6 +352,7 @@ def test_an_activator_of_an_owned_name_waits_behind_the_queue(bus: Bus, watcher:
     assert queue_of(bus) == [(first.id, PRIMARY)]
 
 
+@pytest.mark.also_mounted
 def test_a_name_has_one_activator(bus: Bus) -> None:
     bus.activator(A)
     with fails(EEXIST):
@@ -375,6 +380,7 @@ def test_mail_by_name_waits_at_the_activator_and_moves_to_who_takes_over(bus: Bu
     ]
 
 
+@pytest.mark.also_mounted
 def test_moved_mail_is_the_same_to_the_byte(bus: Bus) -> None:
     activator, client, implementer = bus.activator(A, recv=0x3FFF), bus.hello(), bus.hello()
     client.send(A, data=b"payload")
@@ -404,6 +410,7 @@ def test_mail_goes_back_to_the_activator_and_on_again(bus: Bus) -> None:
     assert second.cookies() == [1]
 
 
+@pytest.mark.also_mounted
 def test_mail_by_name_and_id_is_mail_by_name(bus: Bus) -> None:
     activator, client, first = bus.activator(A), bus.hello(), bus.hello()
     first.acquire(A)
@@ -422,6 +429,7 @@ def test_mail_sent_before_the_activator_came_moves_too(bus: Bus) -> None:
     assert activator.recv().data == b"early"
 
 
+@pytest.mark.also_mounted
 def test_mail_does_not_move_between_implementers(bus: Bus) -> None:
     client, first, second = bus.hello(), bus.hello(), bus.hello()
     first.acquire(A, ALLOW | QUEUE)
@@ -435,6 +443,7 @@ def test_mail_does_not_move_between_implementers(bus: Bus) -> None:
         second.reply(client, 2)
 
 
+@pytest.mark.also_mounted
 def test_mail_for_another_name_stays(bus: Bus) -> None:
     activator, client, first = bus.activator(A), bus.hello(), bus.hello()
     first.acquire(A)
@@ -446,6 +455,7 @@ def test_mail_for_another_name_stays(bus: Bus) -> None:
     assert activator.cookies() == [2]
 
 
+@pytest.mark.also_mounted
 def test_a_name_that_came_back_is_another_one(bus: Bus) -> None:
     client, first = bus.hello(), bus.hello()
     first.acquire(A)
@@ -535,6 +545,7 @@ def test_a_request_is_answered_by_whoever_the_name_moved_to(bus: Bus) -> None:
     assert waiting.reply.data == b"sync"
 
 
+@pytest.mark.also_mounted
 def test_even_requests_that_were_read_move_back_to_the_activator(bus: Bus) -> None:
     activator, client, implementer = bus.activator(A), bus.hello(), bus.hello()
     implementer.acquire(A)
@@ -612,6 +623,7 @@ def test_an_interrupted_call_moves_as_well(bus: Bus) -> None:
     assert implementer.inbox() == []
 
 
+@pytest.mark.also_mounted
 def test_the_name_item_of_an_activator_is_its_only_one(bus: Bus) -> None:
     with fails(EINVAL):
         bus.special(HelloFlag.ACTIVATOR, name(A), name(B))

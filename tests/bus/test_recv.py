@@ -23,6 +23,7 @@ INCOMPLETE_FDS = RecvReturnFlag.INCOMPLETE_FDS
 DROPPED_MSGS = RecvReturnFlag.DROPPED_MSGS
 
 
+@pytest.mark.also_mounted
 def test_messages_come_in_the_order_of_sending(bus: Bus) -> None:
     client = bus.hello()
     for n, priority in enumerate((5, -5, 0, 5)):
@@ -32,12 +33,14 @@ def test_messages_come_in_the_order_of_sending(bus: Bus) -> None:
         client.recv()
 
 
+@pytest.mark.also_mounted
 def test_priorities_are_ignored_unless_asked_for(bus: Bus) -> None:
     client = bus.hello()
     client.send(client, priority=10)
     assert client.recv(priority=-10).priority == 10
 
 
+@pytest.mark.also_mounted
 def test_the_lowest_priority_value_comes_first_and_the_oldest_of_equals(bus: Bus) -> None:
     client = bus.hello()
     for cookie, priority in enumerate((3, 0, -2, 0, -2)):
@@ -49,6 +52,7 @@ def test_the_lowest_priority_value_comes_first_and_the_oldest_of_equals(bus: Bus
     assert client.recv(USE_PRIORITY, 3).cookie == 0
 
 
+@pytest.mark.also_mounted
 def test_a_peeked_message_stays_and_keeps_its_offset(bus: Bus) -> None:
     client = bus.hello()
     client.send(client, cookie=1)
@@ -60,6 +64,7 @@ def test_a_peeked_message_stays_and_keeps_its_offset(bus: Bus) -> None:
     assert client.cookies() == [2]
 
 
+@pytest.mark.also_mounted
 def test_a_dropped_message_is_gone_with_its_slice(bus: Bus) -> None:
     client = bus.hello()
     client.send(client, cookie=1)
@@ -72,6 +77,7 @@ def test_a_dropped_message_is_gone_with_its_slice(bus: Bus) -> None:
     assert client.recv().offset == 0, "the room was free again"
 
 
+@pytest.mark.also_mounted
 def test_drop_wins_over_peek(bus: Bus) -> None:
     client = bus.hello()
     client.send(client)
@@ -79,6 +85,7 @@ def test_drop_wins_over_peek(bus: Bus) -> None:
     assert client.inbox() == []
 
 
+@pytest.mark.also_mounted
 def test_a_dropped_message_that_was_peeked_stays_readable_until_freed(bus: Bus) -> None:
     client = bus.hello()
     client.send(client, data=b"seen")
@@ -89,6 +96,7 @@ def test_a_dropped_message_that_was_peeked_stays_readable_until_freed(bus: Bus) 
         client.free(peeked.offset)
 
 
+@pytest.mark.also_mounted
 def test_drop_goes_without_priority(bus: Bus) -> None:
     client = bus.hello(pool_size=4096)
     client.match()
@@ -101,6 +109,7 @@ def test_drop_goes_without_priority(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("flags", [0, PEEK, DROP])
+@pytest.mark.also_mounted
 def test_losses_are_told_once_whatever_the_flags(bus: Bus, flags: int) -> None:
     client = bus.hello(pool_size=4096)
     client.match()
@@ -114,6 +123,7 @@ def test_losses_are_told_once_whatever_the_flags(bus: Bus, flags: int) -> None:
     assert (got.lost, got.return_flags) == (0, 0)
 
 
+@pytest.mark.also_mounted
 def test_messages_survive_their_sender(bus: Bus) -> None:
     client, sender = bus.hello(), bus.hello()
     sender.send(client, data=b"last words")
@@ -122,6 +132,7 @@ def test_messages_survive_their_sender(bus: Bus) -> None:
     assert (got.src_id, got.data) == (sender.id, b"last words")
 
 
+@pytest.mark.also_mounted
 def test_a_received_slice_stays_until_it_is_freed(bus: Bus) -> None:
     client = bus.hello()
     client.send(client, data=b"one")
@@ -217,6 +228,7 @@ def test_a_disconnect_forgets_losses(bus: Bus) -> None:
     assert client.connection.lost == 0
 
 
+@pytest.mark.also_mounted
 def test_an_activator_may_look_at_what_waits(bus: Bus) -> None:
     activator, client = bus.activator("com.example.a"), bus.hello()
     client.send("com.example.a", cookie=4)
@@ -224,6 +236,7 @@ def test_an_activator_may_look_at_what_waits(bus: Bus) -> None:
     assert activator.recv().cookie == 4
 
 
+@pytest.mark.also_mounted
 def test_a_received_message_holds_its_name(bus: Bus) -> None:
     client = bus.hello()
     client.acquire("com.example.a")

@@ -287,6 +287,7 @@ def test_a_dropped_request_is_dead(client: Client, server: Client, sync: bool) -
     assert ask.heard() == (EPIPE if sync else [I.REPLY_DEAD])
 
 
+@pytest.mark.also_mounted
 def test_a_request_that_moved_to_its_own_sender_is_dead_when_dropped(bus: Bus) -> None:
     bus.activator("com.example.a")
     implementer = bus.hello()

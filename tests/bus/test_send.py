@@ -87,6 +87,7 @@ def test_a_message_is_read_as_a_command_is(bus: Bus, shift: int, size: int, errn
 
 
 @pytest.mark.parametrize("address", [0, 8, 1 << 47])
+@pytest.mark.also_mounted
 def test_a_message_that_is_nowhere_is_a_fault(bus: Bus, address: int) -> None:
     client = bus.hello()
     with fails(EFAULT):
@@ -100,6 +101,7 @@ def test_a_message_may_be_longer_than_is_read_at_once(bus: Bus) -> None:
     assert client.recv().data == bytes(range(200))
 
 
+@pytest.mark.also_mounted
 def test_a_message_of_just_32_kib_is_sent(bus: Bus) -> None:
     client = bus.hello()
     client.send(client, *[vec(0, 1)] * 1022)
@@ -145,6 +147,7 @@ CHECKS: list[tuple[str, dict[str, Any], list[bytes], int]] = [
 @pytest.mark.parametrize(
     ("fields", "items", "errno"), [row[1:] for row in CHECKS], ids=[row[0] for row in CHECKS]
 )
+@pytest.mark.also_mounted
 def test_a_message_is_examined_in_order(
     bus: Bus, fields: dict[str, Any], items: list[bytes], errno: int
 ) -> None:
@@ -172,6 +175,7 @@ def test_a_vec_may_have_2_mib_each(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("src_id", [0, None])
+@pytest.mark.also_mounted
 def test_src_id_is_set_to_the_senders(bus: Bus, src_id: int | None) -> None:
     client = bus.hello()
     client.send(client, src_id=client.id if src_id is None else src_id)
@@ -179,6 +183,7 @@ def test_src_id_is_set_to_the_senders(bus: Bus, src_id: int | None) -> None:
 
 
 @pytest.mark.parametrize("payload_type", [1, 0x4442757344427573, (1 << 64) - 1])
+@pytest.mark.also_mounted
 def test_any_payload_type_but_0_is_sent(bus: Bus, payload_type: int) -> None:
     client = bus.hello()
     client.send(client, payload_type=payload_type)
@@ -223,6 +228,7 @@ def test_a_broadcast_that_nobody_hears_reads_no_payload(bus: Bus) -> None:
     assert client.lost() == 0
 
 
+@pytest.mark.also_mounted
 def test_fields_are_delivered_as_sent(bus: Bus) -> None:
     client = bus.hello()
     client.send(client, cookie=(1 << 64) - 1, priority=-(1 << 63), flags=NO_AUTO_START)
@@ -305,6 +311,7 @@ def test_which_memfds_may_be_sent(bus: Bus, file: FakeFile | None, errno: int) -
         assert client.peer.files[number] is file
 
 
+@pytest.mark.also_mounted
 def test_a_negative_descriptor_is_not_open(bus: Bus) -> None:
     client = bus.hello(flags=HelloFlag.ACCEPT_FD)
     with fails(EBADF):
@@ -365,6 +372,7 @@ def test_nobody_who_may_not_talk_learns_which_ids_exist_among_special_ones(bus: 
         stranger.send(bus.hello())
 
 
+@pytest.mark.also_mounted
 def test_a_name_stands_for_its_owner(bus: Bus) -> None:
     client, owner = bus.hello(), bus.hello()
     with fails(ESRCH):
@@ -381,6 +389,7 @@ def test_a_name_stands_for_its_owner(bus: Bus) -> None:
     assert [(m.cookie, m.dst_id) for m in owner.inbox()] == [(1, 0), (2, owner.id)]
 
 
+@pytest.mark.also_mounted
 def test_a_name_stands_for_its_activator_unless_no_auto_start(bus: Bus) -> None:
     activator, client = bus.activator(A), bus.hello()
     client.send(A)
@@ -394,6 +403,7 @@ def test_a_name_stands_for_its_activator_unless_no_auto_start(bus: Bus) -> None:
     assert len(owner.inbox()) == 1
 
 
+@pytest.mark.also_mounted
 def test_those_who_queue_for_a_name_are_not_meant_by_it(bus: Bus) -> None:
     owner, queued = bus.hello(), bus.hello()
     owner.acquire(A)
@@ -405,6 +415,7 @@ def test_those_who_queue_for_a_name_are_not_meant_by_it(bus: Bus) -> None:
 # --- unicast
 
 
+@pytest.mark.also_mounted
 def test_a_message_arrives_once_in_order(bus: Bus) -> None:
     one, two, target = bus.hello(), bus.hello(), bus.hello()
     for n in range(10):
@@ -431,6 +442,7 @@ def test_monitors_get_their_copy_even_if_the_destination_does_not(bus: Bus) -> N
     assert [len(m.raw) for m in monitor.inbox()] == [64 + 32 + 4096, 64 + 24]
 
 
+@pytest.mark.also_mounted
 def test_monitors_get_no_copy_of_a_request_too_many(bus: Bus) -> None:
     client, target = bus.hello(), bus.hello()
     for n in range(128):
