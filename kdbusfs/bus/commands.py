@@ -57,6 +57,11 @@ from .policy import Entries, parse_entries, policy_size
 from .shares import Charge
 
 ORDINARY = 0
+_NEGOTIATE = int(ItemType.NEGOTIATE)
+_BLOOM_MASK = int(ItemType.BLOOM_MASK)
+_NAME = int(ItemType.NAME)
+_IDS = frozenset(map(int, (ItemType.ID, ItemType.DST_ID, ItemType.ID_ADD, ItemType.ID_REMOVE)))
+"""What a match may be about, as plain numbers: one match has more than a thousand of them."""
 _READERS = frozenset({ORDINARY, ACTIVATOR, MONITOR})
 _ANY_KIND = _READERS | {POLICY_HOLDER}
 
@@ -331,7 +336,7 @@ def match_add(connection: Connection, call: Call) -> int:
     rules = [
         _rule(item, call.payload(item), bloom_size)
         for item in call.items
-        if item.type != ItemType.NEGOTIATE
+        if item.type != _NEGOTIATE
     ]
     cookie = call.u64(structs.CMD_MATCH_COOKIE)
     if call.flags & MatchFlag.REPLACE:
@@ -350,7 +355,7 @@ def match_remove(connection: Connection, call: Call) -> int:
 
 def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule:
     type_ = item.type
-    if type_ == ItemType.BLOOM_MASK:
+    if type_ == _BLOOM_MASK:
         if len(payload) < bloom_size or len(payload) % bloom_size:
             raise CommandError(EDOM, f"bloom mask of {len(payload)} bytes")
         masks = tuple(
@@ -358,11 +363,11 @@ def _rule(item: Item, payload: bytes, bloom_size: int) -> Rule:
             for at in range(0, len(payload), bloom_size)
         )
         return Rule(type_, masks=masks)
-    if type_ == ItemType.NAME:
+    if type_ == _NAME:
         if not is_well_known(payload[:-1]):
             raise CommandError(EINVAL, "invalid name")
         return Rule(type_, name=payload[:-1])
-    if type_ in (ItemType.ID, ItemType.DST_ID, ItemType.ID_ADD, ItemType.ID_REMOVE):
+    if type_ in _IDS:
         return Rule(type_, U64.unpack_from(payload)[0])
     old_id, _, new_id, _ = NAME_CHANGE.unpack_from(payload)
     name = payload[NAME_CHANGE.size : -1] if len(payload) > NAME_CHANGE.size else None
