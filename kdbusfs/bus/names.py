@@ -198,42 +198,13 @@ class NameRegistry:
         acquired = False
 
         if not queue:
-            queue.append(me)
-            me.flags |= _PRIMARY
             acquired = True
-            change = NameChange(ItemType.NAME_ADD, name, 0, 0, connection.id, me.flags)
-            if activator is not None and migration is not None:
-                change = change._replace(
-                    type=ItemType.NAME_CHANGE,
-                    old_id=activator.connection.id,
-                    old_flags=activator.flags,
-                )
-                migration.commit()
-                _keep(activator)
-                activator.flags = activator.flags & ~_PRIMARY | _IN_QUEUE
+            change = self._take_free(me, migration)
         elif queue[0] is me:
             me.flags |= _PRIMARY
         elif _may_take(queue, flags):
-            head = queue[0]
-            _keep(head)
-            if not newcomer:
-                queue.remove(me)
-            queue.insert(0, me)
-            me.flags |= _PRIMARY
             acquired = True
-            change = NameChange(
-                ItemType.NAME_CHANGE,
-                name,
-                head.connection.id,
-                head.flags,
-                connection.id,
-                me.flags,
-            )
-            if head.flags & _QUEUE:
-                head.flags = head.flags & ~_PRIMARY | _IN_QUEUE
-            else:
-                queue.remove(head)
-                self._strike(head.connection, name)
+            change = self._replace_owner(me)
         elif flags & _QUEUE:
             if newcomer:
                 queue.append(me)
@@ -250,6 +221,38 @@ class NameRegistry:
             self.entries[name] = entry
             connection.names[name] = me
         return Acquired(me.flags | (_ACQUIRED if acquired else 0), change)
+
+    def _take_free(self, me: NameClaim, migration: Migration | None) -> NameChange:
+        """Nobody has the name but maybe an activator, whose messages *migration* moves."""
+        entry, new_id = me.entry, me.connection.id
+        entry.queue.append(me)
+        me.flags |= _PRIMARY
+        activator = entry.activator
+        if activator is None or migration is None:
+            return NameChange(ItemType.NAME_ADD, entry.name, 0, 0, new_id, me.flags)
+        old_id, old_flags = activator.connection.id, activator.flags
+        migration.commit()
+        _keep(activator)
+        activator.flags = activator.flags & ~_PRIMARY | _IN_QUEUE
+        return NameChange(ItemType.NAME_CHANGE, entry.name, old_id, old_flags, new_id, me.flags)
+
+    def _replace_owner(self, me: NameClaim) -> NameChange:
+        """The owner waits in the queue from now on, if it said so, or loses the name."""
+        name, queue = me.entry.name, me.entry.queue
+        head = queue[0]
+        _keep(head)
+        if me in queue:
+            queue.remove(me)
+        queue.insert(0, me)
+        me.flags |= _PRIMARY
+        old_id, new_id = head.connection.id, me.connection.id
+        change = NameChange(ItemType.NAME_CHANGE, name, old_id, head.flags, new_id, me.flags)
+        if head.flags & _QUEUE:
+            head.flags = head.flags & ~_PRIMARY | _IN_QUEUE
+        else:
+            queue.remove(head)
+            self._strike(head.connection, name)
+        return change
 
     def release(self, connection: Connection, name: bytes) -> NameChange | None:
         """NAME_RELEASE, or disconnect. ESRCH: no such name; EADDRINUSE: it is somebody else's."""
