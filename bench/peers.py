@@ -39,7 +39,7 @@ CANNOT = 77
 """Exit code of a peer that does not have an operation."""
 
 WORSE = 4 / 3
-"""What a ratio may be times the stored one. Ratios of two quiet runs differ by a tenth."""
+"""What a ratio may be times the stored one. On a busy machine chance alone can do more."""
 
 KDBUS = ("kdbus-lib", "kdbus-sync", "kdbus-raw")
 DBUS = ("dbus-daemon", "dbus-broker")
