@@ -47,7 +47,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup packages demo test fuzz check bench bench-floor bench-hostile bench-peers peers dist install lock clean library root
+.PHONY: help setup packages demo test fuzz check coverage bench bench-floor bench-hostile bench-peers peers dist install lock clean library root
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -72,6 +72,9 @@ check: setup ## ruff, mypy, clang-format, and the C compiler with warnings as er
 	@for source in $(C_SOURCES); do \
 		$(CC) $(C_WARNINGS) $(CPPFLAGS) -Ilibkdbus/include -Ikdbusfs/native -c -o /dev/null $$source || exit 1; \
 	done
+
+coverage: setup ## fail if tests/bus reach less of kdbusfs/bus than they did
+	@tools/coverage.sh $(BIN)/python
 
 bench: root setup peers ## time it beside D-Bus and others; fail if a ratio got worse by a third
 	@$(BIN)/python bench/peers.py --check
