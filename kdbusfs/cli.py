@@ -99,6 +99,13 @@ def _parser() -> _Parser:
         action="store_true",
         help="log every request and its answer; in the foreground, unless --no-foreground is given",
     )
+    parser.add_argument("--version", action="version", version=f"kdbusfs {VERSION}")
+    _add_mounting(parser)
+    return parser
+
+
+def _add_mounting(parser: _Parser) -> None:
+    """The options that say how to mount."""
     parser.add_argument(
         "--pool",
         metavar="KIND",
@@ -127,8 +134,6 @@ def _parser() -> _Parser:
         default=[],
         help="mount options, see below",
     )
-    parser.add_argument("--version", action="version", version=f"kdbusfs {VERSION}")
-    return parser
 
 
 def _apply_mount_options(parser: _Parser, arguments: argparse.Namespace) -> None:

@@ -72,6 +72,7 @@ _unpack_header = IN_HEADER.unpack_from
 _unpack_u32 = U32.unpack_from
 _IOCTL = int(Opcode.IOCTL)
 _POLL = int(Opcode.POLL)
+_DUE = -2
 _LOOK_NS = 50_000_000
 """How often a caller that can't be let go is looked at, in case it is killed."""
 _INTERRUPT = int(Opcode.INTERRUPT)
@@ -197,12 +198,12 @@ class Router:
         state is its successor's, and it has to leave without touching any.
         """
         domain, watches, calls, crew = self._domain, self._watches, self._calls, self._crew
-        me, completed, interrupts = crew.current, calls.completed, self._interrupts.pending
+        me, completed = crew.current, calls.completed
         buffer = bytearray(_BUFFER_SIZE)
         device, fd, spin = self._device, self._device.fd, self._spin_ns
         pointer, size = ffi.from_buffer(buffer), len(buffer)
         view = memoryview(buffer)
-        next_request, monotonic = lib.kdbusfs_next, time.monotonic_ns
+        next_request = lib.kdbusfs_next
         acquire, release = TURN.acquire, TURN.release
         queue, n_turns = self._queue, 0
         while crew.current is me:
@@ -212,18 +213,11 @@ class Router:
             if (self._backlog or self._kept) and (request := self._next_kept()) is not None:
                 self._again(request)
                 continue
-            timeout = _LOOK_NS if interrupts else -1
-            if queue or domain.work or self._hurries:
-                self._hurries, timeout = False, 0
-            if domain.watches_deadlines:
-                deadline = domain.next_deadline()
-                if deadline is not None:
-                    left = min(deadline - monotonic(), _LONGEST_WAIT_NS)
-                    if left <= 0:
-                        # However many requests there are, their turn comes after it.
-                        self._look_around()
-                        continue
-                    timeout = left if timeout < 0 else min(left, timeout)
+            timeout = self._wait_ns()
+            if timeout == _DUE:
+                # However many requests there are, their turn comes after it.
+                self._look_around()
+                continue
             # Without the turn those who come back from a stall can undo what they had begun.
             reply, device.pending = device.pending, b""
             release()
@@ -250,6 +244,22 @@ class Router:
                 self._serve()
             if domain.work and crew.current is me:
                 self._work()
+
+    def _wait_ns(self) -> int:
+        """How long a request may be waited for: in ns, -1 for ever, or _DUE if a deadline has
+        come."""
+        timeout = _LOOK_NS if self._interrupts.pending else -1
+        if self._queue or self._domain.work or self._hurries:
+            self._hurries, timeout = False, 0
+        if not self._domain.watches_deadlines:
+            return timeout
+        deadline = self._domain.next_deadline()
+        if deadline is None:
+            return timeout
+        left = min(deadline - time.monotonic_ns(), _LONGEST_WAIT_NS)
+        if left <= 0:
+            return _DUE
+        return left if timeout < 0 else min(left, timeout)
 
     def _take_in(self, requests: memoryview) -> None:
         """There is more than one request: let those wait that can, by user."""

@@ -128,8 +128,11 @@ class Connection:
         check(lib.kdbus_conn_new(connp, os.fsencode(path), options), os.fspath(path))
         self._conn = connp[0]
         self._closed = False
-
         self.path = os.fspath(path)
+        self._read_identity()
+
+    def _read_identity(self) -> None:
+        """What HELLO has told."""
         self.id: int = lib.kdbus_conn_get_id(self._conn)
         self.flags = HelloFlag(lib.kdbus_conn_get_flags(self._conn))
         self.bus_flags = MakeFlag(lib.kdbus_conn_get_bus_flags(self._conn))
