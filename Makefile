@@ -58,7 +58,7 @@ demo: root setup library ## mount, let programs in C and Python talk to each oth
 	@examples/demo.sh
 
 test: root setup library ## run all tests, JOBS=... at a time (TESTS=... picks some)
-	@$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadgroup $(TESTS)
+	@$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile $(TESTS)
 
 fuzz: root setup library ## throw anything at a bus for TIME seconds (SEED=... repeats a run)
 	@KDBUSFS_FUZZ_SECONDS=$(TIME) KDBUSFS_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -s tests/fuzz

@@ -14,12 +14,18 @@ static void message_number(struct kdbus_message *message, struct kdbus_conn *con
 		message->head.cookie = atomic_fetch_add(&conn->cookie, 1) + 1;
 }
 
+/* give a message a number of its own, unless its user has given it one */
+static void message_renumber(struct kdbus_message *message, struct kdbus_conn *conn)
+{
+	message->resume = false;
+	message_number(message, conn);
+}
+
 /* put a message together, under a number of its own */
 static int message_make(struct kdbus_message *message, struct kdbus_conn *conn,
 			struct kdbus_msg **msgp)
 {
-	message->resume = false;
-	message_number(message, conn);
+	message_renumber(message, conn);
 	return kdbus_message_build(message, msgp);
 }
 
@@ -66,14 +72,17 @@ _public_ int kdbus_conn_send_many(struct kdbus_conn *conn, struct kdbus_message 
 				  size_t n, size_t *n_sentp)
 {
 	struct kdbus_msg *msgs[KDBUS_EXCHANGE_SEND_MAX];
-	size_t n_msgs, n_sent;
+	size_t n_msgs, n_sent, n_numbered = 0;
 	int r = 0;
 
 	*n_sentp = 0;
 	while (r == 0 && *n_sentp < n) {
 		for (n_msgs = 0; n_msgs < KDBUS_EXCHANGE_SEND_MAX && *n_sentp + n_msgs < n;
 		     ++n_msgs) {
-			r = message_make(messages[*n_sentp + n_msgs], conn, &msgs[n_msgs]);
+			/* one that did not fit into the call before has its number */
+			if (*n_sentp + n_msgs == n_numbered)
+				message_renumber(messages[n_numbered++], conn);
+			r = kdbus_message_build(messages[*n_sentp + n_msgs], &msgs[n_msgs]);
 			if (r < 0)
 				break;
 		}

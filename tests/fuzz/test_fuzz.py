@@ -74,7 +74,6 @@ def check_reach(killed: int, results: dict[str, dict[str, int]]) -> None:
 
 
 @pytest.mark.timeout(SECONDS + 240)
-@pytest.mark.xdist_group("fuzz")
 @pytest.mark.parametrize("pool", daemons.POOL_KINDS)
 def test_the_bus_survives_a_fuzzer_and_nothing_of_it_stays(pool: str, programs: Path) -> None:
     seconds = max(SECONDS // len(daemons.POOL_KINDS), 1)

@@ -27,7 +27,7 @@ SECONDS = 120 + MESSAGES // 1000
 MORE_MEMORY = 24 << 20
 """Room that an interpreter keeps after it had a thousand connections; however many messages."""
 
-pytestmark = [pytest.mark.timeout(SECONDS + 60), pytest.mark.xdist_group("load")]
+pytestmark = [pytest.mark.timeout(SECONDS + 60)]
 
 
 class Load:

@@ -19,9 +19,6 @@ import pytest
 import daemons
 from daemons import KDBUSFS, MountNamespace, mounted_at, running, serving, wait_until
 
-# They tell daemons apart by the paths they serve, and many serve the same one in a namespace.
-pytestmark = pytest.mark.xdist_group("lifecycle")
-
 HELPER = Path(__file__).parents[2] / "mount-helper" / "mount.kdbusfs"
 DEAD = os.strerror(errno.ENOTCONN)
 KDBUS_CMD_BYEBYE = 0x40089585

@@ -16,8 +16,6 @@ from daemons import KDBUSFS, MountNamespace, mounted_at, serving, wait_until
 from kdbusfs.mount import mountinfo
 from kdbusfs.mount.mountinfo import Mount, MountId
 
-pytestmark = pytest.mark.xdist_group("lifecycle")
-
 LINE = (
     rb"36 35 98:0 /mnt1 /mnt\0402 rw,noatime shared:1 master:2"
     rb" - ext\0413 /dev/r\134oot rw,errors=continue"
@@ -107,7 +105,7 @@ def namespace() -> Iterator[MountNamespace]:
     """A mount namespace with a directory for mounts in it; others must not see odd ones."""
     daemons.need_mounting()
     namespace = MountNamespace("private")
-    namespace.do("mount -t tmpfs none /mnt && mkdir /mnt/kdbus /mnt/odd")
+    namespace.do("mount -t tmpfs none /mnt && mkdir /mnt/kdbus /mnt/beside /mnt/odd")
     ours = os.readlink(f"/proc/{namespace.pid}/ns/mnt")
     yield namespace
     for entry in Path("/proc").glob("[0-9]*/ns/mnt"):
@@ -130,10 +128,10 @@ def mount_odd(namespace: MountNamespace) -> list[Path]:
 
 def test_starts_and_ends_beside_odd_mounts(namespace):
     mount_odd(namespace)
-    path = Path("/mnt/kdbus")
+    path = Path("/mnt/beside")
     result = namespace.run(KDBUSFS, path)
     assert (result.returncode, result.stderr) == (0, "")
-    assert os.listdir(namespace.path("/mnt/kdbus")) == ["control"]
+    assert os.listdir(namespace.path("/mnt/beside")) == ["control"]
     end(namespace, path)
     assert not mounted_at(path, namespace.pid)
 
